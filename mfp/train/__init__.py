@@ -1,0 +1,1 @@
+"""Training: networks and data by name, the training loop, checkpoints that survive anything."""
