@@ -1,0 +1,29 @@
+// The Python module mfp._C: importing it registers the compiled ops (their static registrars run), and it tells how it
+// was built. The ops themselves are reached through torch.ops.mfp, never through pybind11.
+#include <pybind11/pybind11.h>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+static py::dict build_info() {
+  py::dict info;
+  info["torch"] = MFP_TORCH_VERSION;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+#ifdef MFP_WITH_CUDA
+  info["cuda_architectures"] = MFP_CUDA_ARCHITECTURES;
+#else
+  info["cuda_architectures"] = py::none();
+#endif
+  info["cpu_isa"] = mfp::cpu::isa_name(mfp::cpu::current_isa());
+  return info;
+}
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled kernels of mfp";
+  module.def("build_info", &build_info, "torch, compiler, CUDA architectures and CPU instruction set of this build");
+}

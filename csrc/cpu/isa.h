@@ -1,0 +1,14 @@
+// Which instruction set the CPU kernels use: the best this machine has, capped by MFP_CPU_ISA.
+#pragma once
+
+namespace mfp::cpu {
+
+enum class Isa { portable, avx2, avx512 };
+
+// Read once per call, so that a test can go through all levels in one process.
+// Throws std::runtime_error when MFP_CPU_ISA names no level, or one that this machine does not have.
+Isa current_isa();
+
+const char* isa_name(Isa isa);
+
+}  // namespace mfp::cpu

@@ -1,0 +1,1 @@
+"""Triton kernels of mfp, imported as ``mfp.kernels``."""

@@ -1,0 +1,5 @@
+"""The one exception class for mistakes a user can mend; every message says what was wrong and what to do."""
+
+
+class MfpError(ValueError):
+    """A wrong argument, file or model. Nothing was changed when it is raised."""

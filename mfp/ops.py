@@ -1,0 +1,178 @@
+"""The ops: schemas, fake kernels, argument checks, and the step from a call to a backend.
+
+The only file that names ``torch.ops.mfp``. The compiled part implements these schemas for the CPU and for CUDA; the
+plain-torch reference stands in on any other device, and Triton is called directly when it is the chosen backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mfp import backend as backends
+from mfp import reference
+from mfp.errors import MfpError
+
+_SCHEMAS = """
+score_filters(Tensor[] weights, int[] kinds, float[] exponents) -> Tensor
+mask_filters_(Tensor(a!)[] tensors, Tensor keep, int[] offsets, int[] rows) -> ()
+prune_filters_(Tensor(a!)[] weights, Tensor(b!)[] followers, int[] follower_layers, int[] num_pruned, int[] kinds, \
+float[] exponents, int chosen) -> (Tensor, Tensor)
+"""
+
+_library = torch.library.Library("mfp", "DEF")
+for _schema in _SCHEMAS.strip().splitlines():
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _name = _schema.split("(")[0]
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mfp::score_filters", lib=_library)
+def _(weights, kinds, exponents):
+    return weights[0].new_empty((len(kinds), sum(len(weight) for weight in weights)), dtype=torch.float32)
+
+
+@torch.library.register_fake("mfp::mask_filters_", lib=_library)
+def _(tensors, keep, offsets, rows):
+    return None
+
+
+@torch.library.register_fake("mfp::prune_filters_", lib=_library)
+def _(weights, followers, follower_layers, num_pruned, kinds, exponents, chosen):
+    filters = sum(len(weight) for weight in weights)
+    scores = weights[0].new_empty((len(kinds), filters), dtype=torch.float32)
+    return scores, weights[0].new_empty((filters,), dtype=torch.bool)
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_row_dense(tensor: Tensor) -> bool:
+    """Whether every row ``tensor[j]`` is one dense block and the blocks follow each other without gaps.
+
+    True for contiguous and channels_last weights alike; such a filter needs no copy, whatever its layout.
+    """
+    if tensor.is_contiguous():
+        return True
+    row = tensor.numel() // max(len(tensor), 1)
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride()[1:], tensor.shape[1:], strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return len(tensor) <= 1 or tensor.stride(0) == row
+
+
+def _check_tensors(op: str, argument: str, tensors: Sequence[Tensor], device: torch.device) -> None:
+    for index, tensor in enumerate(tensors):
+        if tensor.device != device:
+            raise MfpError(f"{op}: {argument}[{index}] is on {tensor.device}, the first weight on {device}; "
+                           "all must be on one device")
+        if tensor.dtype not in FLOATS:
+            raise MfpError(f"{op}: {argument}[{index}] is {tensor.dtype}; expected float32, bfloat16 or float16")
+        if not is_row_dense(tensor):
+            raise MfpError(f"{op}: {argument}[{index}] has shape {tuple(tensor.shape)} and strides {tensor.stride()}; "
+                           "each row must be one dense block (contiguous or channels_last)")
+
+
+def _check_criteria(op: str, kinds: Sequence[int], exponents: Sequence[float]) -> None:
+    if not kinds or len(kinds) != len(exponents):
+        raise MfpError(f"{op}: expected at least one kind and as many exponents, got {len(kinds)} and {len(exponents)}")
+    for kind, exponent in zip(kinds, exponents, strict=True):
+        if not 0 <= kind <= 3 or not 1.0 <= exponent < float("inf"):
+            raise MfpError(f"{op}: kind must be 0..3 and the exponent a finite number >= 1, got {kind} and {exponent}")
+
+
+def _module(device: torch.device, backend: str | None) -> ModuleType:
+    """Where the functions of the chosen backend are."""
+    chosen = backends.choose(device, backend)
+    if chosen.name == "reference":
+        return reference
+    if chosen.name == "triton":
+        from mfp import kernels
+
+        return kernels
+    return torch.ops.mfp
+
+
+def score_filters(
+    weights: Sequence[Tensor], kinds: Sequence[int], exponents: Sequence[float], backend: str | None = None
+) -> Tensor:
+    """Scores of all filters of all layers, ``[len(kinds), F]`` in float32.
+
+    Args:
+        weights: conv weights ``[N, ...]``, one a layer.
+        kinds: values of :class:`mfp.criteria.Kind`.
+        exponents: p for each kind.
+        backend: forces one of :func:`mfp.backend.backends`.
+    """
+    if not weights:
+        raise MfpError("score_filters: no weights")
+    _check_tensors("score_filters", "weights", weights, weights[0].device)
+    _check_criteria("score_filters", kinds, exponents)
+    return _module(weights[0].device, backend).score_filters(weights, kinds, exponents)
+
+
+def mask_filters_(
+    tensors: Sequence[Tensor], keep: Tensor, offsets: Sequence[int], rows: Sequence[int], backend: str | None = None
+) -> None:
+    """Zero, in place, the rows whose filter is not kept.
+
+    Args:
+        tensors: tensor i is seen as ``[rows[i], -1]``.
+        keep: bool ``[F]``; row r of tensor i belongs to filter ``offsets[i] + r``.
+    """
+    if not tensors:
+        return
+    _check_tensors("mask_filters_", "tensors", tensors, keep.device)
+    if keep.dtype != torch.bool or keep.dim() != 1 or not keep.is_contiguous():
+        raise MfpError(f"mask_filters_: keep must be a contiguous bool vector, got {keep.dtype} {tuple(keep.shape)}")
+    for index, (tensor, offset, count) in enumerate(zip(tensors, offsets, rows, strict=True)):
+        if count < 0 or offset < 0 or offset + count > len(keep) or (count and len(tensor) % count):
+            raise MfpError(f"mask_filters_: tensors[{index}] {tuple(tensor.shape)} does not fit {count} filters at "
+                           f"{offset} of {len(keep)}")
+    _module(keep.device, backend).mask_filters_(tensors, keep, offsets, rows)
+
+
+def prune_filters_(
+    weights: Sequence[Tensor],
+    followers: Sequence[Tensor],
+    follower_layers: Sequence[int],
+    num_pruned: Sequence[int],
+    kinds: Sequence[int],
+    exponents: Sequence[float],
+    chosen: int,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Score, select and zero in one op; nothing is zeroed when a score is not finite.
+
+    Args:
+        weights: conv weights ``[N, ...]``, one a layer.
+        followers: tensors whose rows are zeroed with the filters of layer ``follower_layers[i]``.
+        num_pruned: filters to prune in each layer.
+        kinds, exponents: the criteria to score.
+        chosen: which of them selects.
+
+    Returns:
+        scores ``[len(kinds), F]`` float32 and keep ``[F]`` bool.
+    """
+    if not weights:
+        raise MfpError("prune_filters_: no weights")
+    device = weights[0].device
+    _check_tensors("prune_filters_", "weights", weights, device)
+    _check_tensors("prune_filters_", "followers", followers, device)
+    _check_criteria("prune_filters_", kinds, exponents)
+    if not 0 <= chosen < len(kinds):
+        raise MfpError(f"prune_filters_: chosen must be an index into {len(kinds)} criteria, got {chosen}")
+    for index, (weight, count) in enumerate(zip(weights, num_pruned, strict=True)):
+        if not 0 <= count < max(len(weight), 1):
+            raise MfpError(f"prune_filters_: layer {index} has {len(weight)} filters; cannot prune {count}")
+    for index, (tensor, layer) in enumerate(zip(followers, follower_layers, strict=True)):
+        if not 0 <= layer < len(weights) or len(tensor) % len(weights[layer]):
+            raise MfpError(f"prune_filters_: followers[{index}] {tuple(tensor.shape)} does not fit layer {layer}")
+    return _module(device, backend).prune_filters_(
+        weights, followers, follower_layers, num_pruned, kinds, exponents, chosen
+    )

@@ -1,0 +1,105 @@
+"""Every op in plain torch: the oracle in float64 by which all backends are judged, and the fallback where none runs.
+
+Written for being right, from the formulas of the criteria; it shares no code with any kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_NORM, _DISTANCE, _COSINE_DISTANCE, _WEIGHTED_HYBRID = range(4)
+
+
+def score_layer(weight: Tensor, kind: int, exponent: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Scores of one layer's filters.
+
+    Args:
+        weight: ``[N, ...]``, N filters of any shape.
+        kind: a value of :class:`mfp.criteria.Kind`.
+        exponent: p of norms and distances.
+        dtype: in which to compute.
+
+    Returns:
+        ``[N]`` in ``dtype``.
+    """
+    filters = weight.detach().to(dtype).flatten(1)  # [N, K]
+    if kind == _NORM:
+        return torch.linalg.vector_norm(filters, exponent, dim=1)
+    # One filter against all at a time: [N, K] of memory, never [N, N, K], and differences that do not cancel.
+    return torch.stack([_relation(filters, j, kind, exponent) for j in range(len(filters))])
+
+
+def _relation(filters: Tensor, j: int, kind: int, exponent: float) -> Tensor:
+    if kind == _DISTANCE:
+        return torch.linalg.vector_norm(filters - filters[j], exponent, dim=1).sum()
+    norms = torch.linalg.vector_norm(filters, 2, dim=1)
+    directions = filters / norms.where(norms > 0, 1.0)[:, None]  # an all-zero filter has no direction: cosine 0
+    # 1 - cos = |u - v|^2 / 2 and 1 + cos = |u + v|^2 / 2 for unit vectors: no cancellation near +-1
+    less = (directions - directions[j]).square().sum(1) / 2
+    more = (directions + directions[j]).square().sum(1) / 2
+    defined = (norms > 0) & (norms[j] > 0)
+    if kind == _COSINE_DISTANCE:
+        both_zero = (norms == 0) & (norms[j] == 0)  # duplicates of each other: distance 0
+        return torch.where(defined, less, (~both_zero).to(filters.dtype)).sum()
+    if kind == _WEIGHTED_HYBRID:
+        share = torch.where(defined, torch.minimum(less, more), 1.0)
+        share[j] = 0.0
+        return norms[j] * (norms * share).sum()
+    raise ValueError(f"unknown kind of criterion: {kind}")
+
+
+def score_filters(
+    weights: Sequence[Tensor],
+    kinds: Sequence[int],
+    exponents: Sequence[float],
+    dtype: torch.dtype = torch.float64,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The op ``mfp::score_filters``: ``[len(kinds), F]``, layers one after the other."""
+    rows = [
+        torch.cat([score_layer(weight, kind, exponent, dtype) for weight in weights])
+        for kind, exponent in zip(kinds, exponents, strict=True)
+    ]
+    return torch.stack(rows).to(out_dtype)
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Mask ``[N]`` that is False at the ``count`` lowest scores; of equal ones the lower index goes first."""
+    keep = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    keep[torch.sort(scores, stable=True).indices[:count]] = False
+    return keep
+
+
+@torch.no_grad()
+def mask_filters_(tensors: Sequence[Tensor], keep: Tensor, offsets: Sequence[int], rows: Sequence[int]) -> None:
+    """The op ``mfp::mask_filters_``: rows whose filter is not kept become zero."""
+    for tensor, offset, count in zip(tensors, offsets, rows, strict=True):
+        pruned = ~keep[offset : offset + count]
+        repeats = len(tensor) // count if count else 1
+        tensor[pruned.repeat_interleave(repeats)] = 0
+
+
+@torch.no_grad()
+def prune_filters_(
+    weights: Sequence[Tensor],
+    followers: Sequence[Tensor],
+    follower_layers: Sequence[int],
+    num_pruned: Sequence[int],
+    kinds: Sequence[int],
+    exponents: Sequence[float],
+    chosen: int,
+) -> tuple[Tensor, Tensor]:
+    """The op ``mfp::prune_filters_``: scores of all kinds, selection by the chosen one, zeroing."""
+    scores = score_filters(weights, kinds, exponents)
+    counts = [len(weight) for weight in weights]
+    if not scores.isfinite().all():
+        return scores, torch.ones(sum(counts), dtype=torch.bool, device=scores.device)
+    parts = scores[chosen].split(counts)
+    keep = torch.cat([lowest(part, count) for part, count in zip(parts, num_pruned, strict=True)])
+    offsets = [sum(counts[:layer]) for layer in range(len(counts))]
+    mask_filters_(weights, keep, offsets, counts)
+    mask_filters_(followers, keep, [offsets[i] for i in follower_layers], [counts[i] for i in follower_layers])
+    return scores, keep
