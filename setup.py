@@ -22,8 +22,10 @@ from setuptools import setup
 try:
     import torch
 except ImportError:
-    sys.exit("mfp is compiled against your torch, and none is installed here: install torch first, then run "
-             "`python -m pip install --no-build-isolation .`")
+    sys.exit(
+        "mfp is compiled against your torch, and none is installed here: install torch first, then run "
+        "`python -m pip install --no-build-isolation .`"
+    )
 
 ROOT = Path(__file__).parent
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
@@ -31,8 +33,12 @@ DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 def cuda_toolkit(nvcc: str) -> str | None:
     """The toolkit's folder as nvcc itself sees it: the nvcc on PATH may be a wrapper script."""
-    run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull, "-c", "-o", os.devnull],
-                         capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull, "-c", "-o", os.devnull],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     top = re.search(r"^#\$ TOP=(.+)$", run.stderr + run.stdout, re.MULTILINE)
     return os.path.realpath(top.group(1).strip()) if top else None
 
@@ -47,7 +53,9 @@ def why_no_cuda() -> str | None:
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
     if nvcc is None:
         return "nvcc was not found (PATH, CUDA_HOME)"
-    version = re.search(r"release (\d+)\.\d+", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    version = re.search(
+        r"release (\d+)\.\d+", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )
     if version is None or version.group(1) != torch.version.cuda.split(".")[0]:
         return f"nvcc is of CUDA {version.group(1) if version else 'unknown'}, torch of CUDA {torch.version.cuda}"
     toolkit = home or cuda_toolkit(nvcc)
@@ -71,7 +79,10 @@ def extension():
     kind, arguments = CppExtension, {"cxx": cxx}
     if reason is None:
         sources += sorted(ROOT.glob("csrc/cuda/*.cpp")) + sorted(ROOT.glob("csrc/cuda/*.cu"))
-        macros += [("MFP_WITH_CUDA", None), ("MFP_CUDA_ARCHITECTURES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"')]
+        macros += [
+            ("MFP_WITH_CUDA", None),
+            ("MFP_CUDA_ARCHITECTURES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'),
+        ]
         kind, arguments = CUDAExtension, {"cxx": cxx, "nvcc": ["-O3", "-lineinfo"]}
     headers = [path for pattern in ("*.h", "*.cuh") for path in ROOT.glob(f"csrc/**/{pattern}")]
     import pybind11

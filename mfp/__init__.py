@@ -1,0 +1,35 @@
+"""mfp: filter pruning of convolutional networks at the speed of the hardware.
+
+Scores, selects and zeroes the filters of all conv layers in one call while a network trains, switching between criteria
+as in "Filter Pruning by Switching to Neighboring CNNs with Good Attributes" (arXiv 1904.03961), and removes the pruned
+filters for good at the end.
+"""
+
+from mfp import backend, ops
+from mfp.attributes import recalibrate_batchnorm
+from mfp.criteria import PAPER_CRITERIA
+from mfp.errors import MfpError
+from mfp.mask import FilterMask
+from mfp.plan import FilterPlan
+from mfp.pruner import Decision, FilterPruner
+from mfp.scores import FilterScores, score_filters
+from mfp.selection import prune_filters_, select_filters, select_mix
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PAPER_CRITERIA",
+    "Decision",
+    "FilterMask",
+    "FilterPlan",
+    "FilterPruner",
+    "FilterScores",
+    "MfpError",
+    "backend",
+    "ops",
+    "prune_filters_",
+    "recalibrate_batchnorm",
+    "score_filters",
+    "select_filters",
+    "select_mix",
+]

@@ -108,5 +108,7 @@ def choose(device: torch.device, requested: str | None = None) -> Backend:
     if backend.unusable:
         raise MfpError(f"backend {requested!r} was requested and cannot run: {backend.unusable}")
     if not backend.accepts(device):
-        raise MfpError(f"backend {requested!r} was requested for tensors on {device}; it takes {', '.join(backend.devices)}")
+        raise MfpError(
+            f"backend {requested!r} was requested for tensors on {device}; it takes {', '.join(backend.devices)}"
+        )
     return backend

@@ -224,3 +224,35 @@ def _keeps_zero(node: fx.Node, module: nn.Module | None) -> bool:
         name = getattr(node.target, "__name__", "")
         return node.target in ZERO_KEEPING_FUNCTIONS or name == "stochastic_depth"
     return node.op == "call_method" and node.target in ZERO_KEEPING_METHODS
+
+
+def find_output_convs(model: nn.Module) -> set[str]:
+    """Names of the convs whose channels come out of the network, with no other layer between: its classifiers.
+
+    >>> find_output_convs(torchvision.models.squeezenet1_1())
+    {'classifier.1'}
+
+    Needs no example input. A model that cannot be traced gives the empty set.
+    """
+    try:
+        traced = trace(model)
+    except MfpError:
+        return set()
+    modules = dict(traced.named_modules())
+    names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+    found: set[str] = set()
+    seen: set[fx.Node] = set()
+    waiting = [node for node in traced.graph.nodes if node.op == "output"]
+    while waiting:
+        node = waiting.pop()
+        module = modules.get(node.target) if node.op == "call_module" else None
+        if isinstance(module, CONVS):
+            depthwise = module.groups == module.in_channels
+            found.add(names[id(module)])
+            if not depthwise:
+                continue
+        if isinstance(module, nn.Linear) or node.target in (F.linear, torch.matmul, torch.bmm) or node in seen:
+            continue
+        seen.add(node)
+        waiting.extend(node.all_input_nodes)
+    return found

@@ -69,13 +69,17 @@ def is_row_dense(tensor: Tensor) -> bool:
 def _check_tensors(op: str, argument: str, tensors: Sequence[Tensor], device: torch.device) -> None:
     for index, tensor in enumerate(tensors):
         if tensor.device != device:
-            raise MfpError(f"{op}: {argument}[{index}] is on {tensor.device}, the first weight on {device}; "
-                           "all must be on one device")
+            raise MfpError(
+                f"{op}: {argument}[{index}] is on {tensor.device}, the first weight on {device}; "
+                "all must be on one device"
+            )
         if tensor.dtype not in FLOATS:
             raise MfpError(f"{op}: {argument}[{index}] is {tensor.dtype}; expected float32, bfloat16 or float16")
         if not is_row_dense(tensor):
-            raise MfpError(f"{op}: {argument}[{index}] has shape {tuple(tensor.shape)} and strides {tensor.stride()}; "
-                           "each row must be one dense block (contiguous or channels_last)")
+            raise MfpError(
+                f"{op}: {argument}[{index}] has shape {tuple(tensor.shape)} and strides {tensor.stride()}; "
+                "each row must be one dense block (contiguous or channels_last)"
+            )
 
 
 def _check_criteria(op: str, kinds: Sequence[int], exponents: Sequence[float]) -> None:
@@ -117,7 +121,11 @@ def score_filters(
 
 
 def mask_filters_(
-    tensors: Sequence[Tensor], keep: Tensor, offsets: Sequence[int], rows: Sequence[int], backend: str | None = None
+    tensors: Sequence[Tensor],
+    keep: Tensor,
+    offsets: Sequence[int],
+    rows: Sequence[int],
+    backend: str | None = None,
 ) -> None:
     """Zero, in place, the rows whose filter is not kept.
 
@@ -132,8 +140,10 @@ def mask_filters_(
         raise MfpError(f"mask_filters_: keep must be a contiguous bool vector, got {keep.dtype} {tuple(keep.shape)}")
     for index, (tensor, offset, count) in enumerate(zip(tensors, offsets, rows, strict=True)):
         if count < 0 or offset < 0 or offset + count > len(keep) or (count and len(tensor) % count):
-            raise MfpError(f"mask_filters_: tensors[{index}] {tuple(tensor.shape)} does not fit {count} filters at "
-                           f"{offset} of {len(keep)}")
+            raise MfpError(
+                f"mask_filters_: tensors[{index}] {tuple(tensor.shape)} does not fit {count} filters at "
+                f"{offset} of {len(keep)}"
+            )
     _module(keep.device, backend).mask_filters_(tensors, keep, offsets, rows)
 
 

@@ -20,18 +20,18 @@ class FilterScores(Mapping[str, Tensor]):
     """Scores by criterion name: ``scores["l2_distance"]`` is float32 ``[F]`` in plan order."""
 
     plan: FilterPlan
-    values: dict[str, Tensor]
+    by_name: dict[str, Tensor]
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.values:
-            raise MfpError(f"criterion {name!r} was not scored: scored were {', '.join(self.values)}")
-        return self.values[name]
+        if name not in self.by_name:
+            raise MfpError(f"criterion {name!r} was not scored: scored were {', '.join(self.by_name)}")
+        return self.by_name[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values)
+        return iter(self.by_name)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.by_name)
 
 
 def score_filters(
@@ -80,8 +80,10 @@ def require_finite(plan: FilterPlan, values: Tensor) -> None:
     for layer in plan.layers:
         bad = ~torch.isfinite(layer.weight.detach().flatten(1)).all(dim=1)
         if bad.any():
-            raise MfpError(f"layer {layer.name!r}: filter {int(bad.nonzero()[0])} has weights that are not finite "
-                           f"({int(bad.sum())} of {layer.num_filters} filters); nothing was pruned")
+            raise MfpError(
+                f"layer {layer.name!r}: filter {int(bad.nonzero()[0])} has weights that are not finite "
+                f"({int(bad.sum())} of {layer.num_filters} filters); nothing was pruned"
+            )
     first = int((~torch.isfinite(values)).any(dim=0).nonzero()[0])
     layer = next(layer for layer in plan.layers if layer.slice.start <= first < layer.slice.stop)
     raise MfpError(f"layer {layer.name!r}: the score of filter {first - layer.offset} is too large for float32")

@@ -1,0 +1,276 @@
+"""Which conv weights are pruned, by how much, and where their filters lie on one flat axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from mfp import graph
+from mfp.errors import MfpError
+from mfp.ops import is_row_dense
+
+#: Projection shortcuts of residual networks, not pruned by default, as in the papers.
+DEFAULT_SKIP = ("downsample",)
+
+
+@dataclass(frozen=True)
+class Follower:
+    """A parameter whose rows go with the filters of a layer: row block j is masked with filter j.
+
+    Attributes:
+        module: dotted name of the module that holds it.
+        parameter: ``"weight"`` or ``"bias"``.
+        is_weight: True for a depthwise conv's weight, which goes even when ``mask_bn=False``.
+    """
+
+    module: str
+    parameter: str
+    is_weight: bool
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One conv layer of a plan: N filters of K weights.
+
+    Attributes:
+        name: dotted module name.
+        num_filters: N.
+        filter_size: K = C/groups * kh * kw.
+        rate: share of the filters to prune.
+        num_pruned: how many that are: int(N * rate), fewer only by ``channel_multiple``.
+        offset: of its first filter on the plan's flat axis.
+        followers: parameters masked together with its filters.
+    """
+
+    name: str
+    num_filters: int
+    filter_size: int
+    rate: float
+    num_pruned: int
+    offset: int
+    followers: tuple[Follower, ...]
+
+    @property
+    def slice(self) -> slice:
+        """The layer's part of the flat filter axis."""
+        return slice(self.offset, self.offset + self.num_filters)
+
+
+class FilterPlan:
+    """The layers to prune, in the order of the model's modules; made by :meth:`from_model`.
+
+    A plan holds names, not tensors: parameters are looked up in the model at each use, so weights that were replaced or
+    moved are found, and a layer whose shape changed since is an error.
+
+    Attributes:
+        model: the module the plan belongs to.
+        layers: the planned layers.
+        num_filters: F, the length of the flat filter axis.
+        channel_multiple: the kept filters of a layer are rounded up to a multiple of this.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[PlannedLayer], channel_multiple: int = 1) -> None:
+        self.model = model
+        self.layers = tuple(layers)
+        self.num_filters = sum(layer.num_filters for layer in layers)
+        self.channel_multiple = channel_multiple
+        self._by_name = {layer.name: layer for layer in layers}
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        rate: float = 0.4,
+        *,
+        skip: Sequence[str] = DEFAULT_SKIP,
+        layer_rates: Mapping[str, float] | None = None,
+        channel_multiple: int = 1,
+    ) -> FilterPlan:
+        """Plan all Conv1d/2d/3d layers of a model.
+
+        >>> plan = mfp.FilterPlan.from_model(torchvision.models.resnet50(), rate=0.4, layer_rates={"conv1": 0.0})
+        >>> plan["layer1.0.conv1"].num_pruned     # int(64 * 0.4)
+        25
+
+        Left out by default: layers that match ``skip``; convs whose channels are the network's output (a classifier
+        written as a conv); depthwise convs that read one planned conv only (they follow its mask).
+
+        Args:
+            rate: share of filters pruned per layer, in [0, 1).
+            skip: patterns of layers to leave out. A pattern matches a layer when it is its dotted name, one part of
+                that name (``"downsample"``), or a glob for the whole name (``"layer4.*"``).
+            layer_rates: rates for single layers, by the same patterns; stronger than ``rate`` and ``skip``.
+            channel_multiple: round the kept filters of a layer up to a multiple, never beyond the layer.
+
+        Raises:
+            MfpError: a rate outside [0, 1), a pattern that matches no layer, a model without conv layers, a weight
+                that is not laid out filter by filter.
+        """
+        model = unwrap(model)
+        layer_rates = dict(layer_rates or {})
+        _check_arguments(rate, skip, layer_rates, channel_multiple)
+        convs = {n: m for n, m in model.named_modules() if isinstance(m, graph.CONVS)}
+        _check_patterns(skip, layer_rates, convs)
+        followers = graph.find_followers(model) if convs else {}
+        following = {name for names in followers.values() for name in names}
+        outputs = graph.find_output_convs(model) if convs else set()
+
+        layers: list[PlannedLayer] = []
+        seen: set[int] = set()
+        offset = 0
+        for name, conv in convs.items():
+            own = [value for pattern, value in layer_rates.items() if matches(pattern, name)]
+            left_out = name in outputs or any(matches(pattern, name) for pattern in skip)
+            if name in following or (left_out and not own) or id(conv.weight) in seen:
+                continue
+            seen.add(id(conv.weight))
+            share = own[-1] if own else rate
+            layers.append(_planned(model, name, conv, float(share), offset, channel_multiple, followers.get(name, ())))
+            offset += len(conv.weight)
+        if not layers:
+            raise MfpError(
+                f"{type(model).__name__} has {len(convs)} conv layers and none of them is left to prune "
+                f"(skip={tuple(skip)!r})"
+            )
+        return cls(model, layers, channel_multiple)
+
+    def __getitem__(self, name: str) -> PlannedLayer:
+        if name not in self._by_name:
+            raise MfpError(f"layer {name!r} is not in the plan; its layers are {', '.join(self._by_name)}")
+        return self._by_name[name]
+
+    def __repr__(self) -> str:
+        pruned = sum(layer.num_pruned for layer in self.layers)
+        return f"FilterPlan({len(self.layers)} layers, {self.num_filters} filters, {pruned} to prune)"
+
+    def weight(self, layer: PlannedLayer) -> nn.Parameter:
+        """The layer's weight as it is now, ``[N, ...]``."""
+        module = _module(self.model, layer.name)
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or len(weight) != layer.num_filters:
+            shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+            raise MfpError(
+                f"layer {layer.name!r} had {layer.num_filters} filters of {layer.filter_size} weights when "
+                f"planned, its weight is {shape} now; make a new plan"
+            )
+        if weight.numel() != layer.num_filters * layer.filter_size or not is_row_dense(weight):
+            raise MfpError(
+                f"layer {layer.name!r}: shape {tuple(weight.shape)} and strides {weight.stride()} do not hold "
+                f"each filter's {layer.filter_size} weights as one dense block; call "
+                "model.to(memory_format=torch.contiguous_format), or make a new plan if the shape changed"
+            )
+        return weight
+
+    def weights(self) -> list[nn.Parameter]:
+        """The weights of all layers as they are now."""
+        weights = [self.weight(layer) for layer in self.layers]
+        devices = {str(weight.device) for weight in weights}
+        if len(devices) > 1:
+            raise MfpError(
+                f"the plan's layers are on different devices: {', '.join(sorted(devices))}; move the model to one"
+            )
+        return weights
+
+    def followers(self, mask_bn: bool = True) -> list[tuple[int, nn.Parameter]]:
+        """(index of the layer, parameter) of everything that is masked with the filters, the weights themselves aside.
+
+        Args:
+            mask_bn: with biases and BatchNorm; without, only the weights of depthwise followers.
+        """
+        found = []
+        for index, layer in enumerate(self.layers):
+            for follower in layer.followers:
+                if mask_bn or follower.is_weight:
+                    found.append((index, getattr(_module(self.model, follower.module), follower.parameter)))
+        return found
+
+    def scaled(self, factor: float) -> FilterPlan:
+        """The same layers with all rates times ``factor`` in [0, 1]: a point on the way to the final rates."""
+        layers = [
+            replace(
+                layer,
+                rate=layer.rate * factor,
+                num_pruned=count_pruned(layer.num_filters, layer.rate * factor, self.channel_multiple),
+            )
+            for layer in self.layers
+        ]
+        return FilterPlan(self.model, layers, self.channel_multiple)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside DistributedDataParallel, DataParallel or torch.compile."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def count_pruned(num_filters: int, rate: float, channel_multiple: int = 1) -> int:
+    """int(N * rate), less what rounding the kept ones up to a multiple takes away."""
+    kept = num_filters - int(num_filters * rate)
+    return num_filters - min(num_filters, math.ceil(kept / channel_multiple) * channel_multiple)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern names a layer: its dotted name, a part of it, or a glob for all of it."""
+    return pattern == name or pattern in name.split(".") or fnmatchcase(name, pattern)
+
+
+def check_rate(what: str, rate: float) -> None:
+    """Raise unless the rate is a number in [0, 1)."""
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0.0 <= rate < 1.0:
+        raise MfpError(f"{what} must be in [0, 1), so that at least one filter of a layer stays; got {rate!r}")
+
+
+def _check_arguments(rate: float, skip: Sequence[str], layer_rates: Mapping[str, float], multiple: int) -> None:
+    check_rate("rate", rate)
+    for pattern, value in layer_rates.items():
+        check_rate(f"layer_rates[{pattern!r}]", value)
+    if isinstance(skip, str):
+        raise MfpError(f"skip must be a sequence of patterns, not the string {skip!r}; write ({skip!r},)")
+    if not isinstance(multiple, int) or multiple < 1:
+        raise MfpError(f"channel_multiple must be a whole number of at least 1, got {multiple!r}")
+
+
+def _check_patterns(skip: Sequence[str], layer_rates: Mapping[str, float], convs: Mapping[str, nn.Module]) -> None:
+    for argument, patterns in (("skip", skip), ("layer_rates", layer_rates)):
+        for pattern in patterns:
+            unmatched = not any(matches(pattern, name) for name in convs)
+            if convs and unmatched and pattern not in DEFAULT_SKIP:
+                raise MfpError(f"{argument}: {pattern!r} matches no conv layer; the layers are {', '.join(convs)}")
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise MfpError(f"the model has no module {name!r} any more; make a new plan") from None
+
+
+def _planned(model, name, conv, rate, offset, channel_multiple, follower_names) -> PlannedLayer:
+    filters = len(conv.weight)
+    followers = [Follower(name, "bias", is_weight=False)] if conv.bias is not None else []
+    for follower in follower_names:
+        module = model.get_submodule(follower)
+        depthwise = isinstance(module, graph.CONVS)
+        for parameter in ("weight", "bias"):
+            if getattr(module, parameter, None) is not None:
+                followers.append(Follower(follower, parameter, is_weight=depthwise and parameter == "weight"))
+    layer = PlannedLayer(
+        name=name,
+        num_filters=filters,
+        filter_size=conv.weight[0].numel(),
+        rate=rate,
+        num_pruned=count_pruned(filters, rate, channel_multiple),
+        offset=offset,
+        followers=tuple(followers),
+    )
+    FilterPlan(model, [layer]).weight(layer)  # refuses a weight that is not laid out filter by filter
+    return layer

@@ -1,0 +1,272 @@
+"""FilterPruner: what a training loop calls. At each pruning point it picks the criterion and zeroes the filters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from mfp import attributes, schedule
+from mfp.attributes import Batches, recalibrate_batchnorm
+from mfp.criteria import PAPER_CRITERIA
+from mfp.errors import MfpError
+from mfp.mask import FilterMask
+from mfp.neighbours import trying
+from mfp.plan import DEFAULT_SKIP, FilterPlan, unwrap
+from mfp.scores import FilterScores, check_criteria, score_filters
+from mfp.selection import prune_filters_, select_filters
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happened at one pruning point.
+
+    Attributes:
+        epoch: the epoch that had just ended, from 0.
+        rate_factor: share of the plan's final rates that was in force.
+        criterion: the chosen one, or ``{layer: criterion}`` when chosen per layer.
+        attribute: name of the meta-attribute.
+        attribute_before: of the unpruned network; None when there was only one candidate, so that nothing was tried.
+        attribute_after: of the network pruned with the chosen criterion; None likewise.
+        neighbours: attribute of each candidate's network (chosen per layer: empty).
+        churn: share of the pruned filters that the mask before did not prune.
+        num_pruned: filters pruned.
+        digest: fingerprint of the mask.
+        mask: the mask, with its plan; None in decisions that were loaded from a file.
+    """
+
+    epoch: int
+    rate_factor: float
+    criterion: str | dict[str, str]
+    attribute: str
+    attribute_before: float | None
+    attribute_after: float | None
+    neighbours: dict[str, float]
+    churn: float
+    num_pruned: int
+    digest: str
+    mask: FilterMask | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict:
+        """Everything but the mask, as plain values for JSON."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "mask"}
+
+
+class _Choice(NamedTuple):
+    criterion: str | dict[str, str]
+    mask: FilterMask
+    before: float | None
+    after: float | None
+    neighbours: dict[str, float]
+
+
+class FilterPruner:
+    """Prunes a network while it trains, switching to the criterion whose neighbour stays closest (arXiv 1904.03961).
+
+    >>> pruner = mfp.FilterPruner(model, rate=0.4, attribute="loss", calibration=batches)
+    >>> for epoch in range(epochs):
+    ...     train_one_epoch(model)
+    ...     decision = pruner.step(epoch)
+    >>> small = mfp.compact(model, example_input)
+
+    Args:
+        model: the network; DistributedDataParallel and torch.compile wrappers are looked through.
+        rate: share of filters pruned per layer, in [0, 1).
+        criteria: candidates; with one, nothing is tried out.
+        attribute: ``weight_energy`` or ``sparsity`` (no data), ``loss``, ``top1_error``, ``top5_error`` (measured on the
+            calibration batches), or a callable ``model -> float``.
+        calibration: ``[(inputs, targets), ...]``, the same batches for all candidates.
+        mode: ``soft`` (pruned filters learn on), ``hard`` (the first choice holds; gradients are masked),
+            ``asymptotic`` or ``cubic`` (soft, with a growing rate).
+        interval: prune every so many epochs, and after the last.
+        epochs: how many there will be; needed by growing rates, and to prune after the last.
+        mask_bn: zero biases and BatchNorm entries with the filters.
+        channel_multiple: round the kept filters per layer up to a multiple of this.
+        skip, layer_rates: see :meth:`mfp.FilterPlan.from_model`.
+        per_layer: choose the criterion for each layer; only for attributes without data.
+        recalibrate: estimate BatchNorm statistics anew on the calibration batches after each pruning, and before a
+            neighbour is measured.
+
+    Raises:
+        MfpError: any argument that does not fit; nothing was changed then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rate: float = 0.4,
+        *,
+        criteria: Sequence[str] = PAPER_CRITERIA,
+        attribute: str | Callable[[nn.Module], float] = "weight_energy",
+        calibration: Batches | None = None,
+        mode: str = "soft",
+        interval: int = 1,
+        epochs: int | None = None,
+        mask_bn: bool = True,
+        channel_multiple: int = 1,
+        skip: Sequence[str] = DEFAULT_SKIP,
+        layer_rates: Mapping[str, float] | None = None,
+        per_layer: bool = False,
+        recalibrate: bool = False,
+    ) -> None:
+        self.model = unwrap(model)
+        self.criteria = tuple(c.name for c in check_criteria(criteria))
+        calibration = list(calibration) if calibration is not None else None
+        attributes.check(attribute, calibration)
+        schedule.check(mode, interval, epochs)
+        if per_layer and attribute not in attributes.WITHOUT_DATA:
+            raise MfpError(
+                f"per_layer=True needs an attribute without data ({', '.join(attributes.WITHOUT_DATA)}), "
+                f"not {attribute!r}"
+            )
+        if recalibrate and not calibration:
+            raise MfpError("recalibrate=True needs calibration batches")
+        self.attribute, self.calibration = attribute, calibration
+        self.mode, self.interval, self.epochs = mode, interval, epochs
+        self.mask_bn, self.per_layer, self.recalibrate = mask_bn, per_layer, recalibrate
+        self.plan = FilterPlan.from_model(
+            self.model, rate, skip=skip, layer_rates=layer_rates, channel_multiple=channel_multiple
+        )
+        self.mask: FilterMask | None = None
+        self.decisions: list[Decision] = []
+
+    @property
+    def attribute_name(self) -> str:
+        """The attribute's name, a callable's own included."""
+        return self.attribute if isinstance(self.attribute, str) else getattr(self.attribute, "__name__", "attribute")
+
+    @torch.no_grad()
+    def step(self, epoch: int) -> Decision | None:
+        """Call at the end of each epoch (from 0), or with -1 before the first to prune a trained network at once.
+
+        Returns:
+            the decision, or None when the schedule says not now. In ``hard`` mode only the first call decides; later
+            ones zero the same filters again, in case something moved them.
+
+        Raises:
+            MfpError: weights that are not finite; nothing is zeroed then.
+        """
+        if self.mode == "hard" and self.mask is not None:
+            self.mask.apply_(self.mask_bn)
+            return None
+        if not schedule.prune_now(epoch, self.interval, self.epochs):
+            return None
+        factor = schedule.rate_factor(self.mode, epoch, self.epochs)
+        plan = self.plan if factor == 1.0 else self.plan.scaled(factor)
+        if len(self.criteria) == 1:
+            mask = prune_filters_(plan, self.criteria[0], mask_bn=self.mask_bn)
+            choice = _Choice(self.criteria[0], mask, None, None, {})
+        else:
+            choice = self._choose(plan)
+            choice.mask.apply_(self.mask_bn)
+        if self.recalibrate:
+            recalibrate_batchnorm(self.model, self.calibration)
+        decision = Decision(
+            epoch=epoch,
+            rate_factor=factor,
+            criterion=choice.criterion,
+            attribute=self.attribute_name,
+            attribute_before=choice.before,
+            attribute_after=choice.after,
+            neighbours=choice.neighbours,
+            churn=choice.mask.churn(self.mask),
+            num_pruned=choice.mask.num_pruned,
+            digest=choice.mask.digest,
+            mask=choice.mask,
+        )
+        self.mask = choice.mask
+        self.decisions.append(decision)
+        return decision
+
+    def mask_gradients_(self) -> None:
+        """In ``hard`` mode, between ``backward()`` and the optimiser's step: zero the gradients of pruned filters."""
+        if self.mode == "hard" and self.mask is not None:
+            self.mask.apply_to_gradients_(self.mask_bn)
+
+    def _choose(self, plan: FilterPlan) -> _Choice:
+        needed = [c for c in attributes.NEEDED_SCORES.values() if c not in self.criteria]
+        scores = score_filters(plan, (*self.criteria, *needed))
+        masks = {criterion: select_filters(scores, criterion) for criterion in self.criteria}
+        if self.per_layer:
+            return self._choose_per_layer(scores, masks)
+        if self.attribute in attributes.WITHOUT_DATA:
+            measure = attributes.WITHOUT_DATA[self.attribute]
+            before, values = 1.0, {c: measure(scores, mask.keep) for c, mask in masks.items()}
+        else:
+            before, values = self._measure(masks)
+        chosen = _closest(before, values)
+        return _Choice(chosen, masks[chosen], before, values[chosen], values)
+
+    def _choose_per_layer(self, scores: FilterScores, masks: dict[str, FilterMask]) -> _Choice:
+        measure = attributes.WITHOUT_DATA[self.attribute]
+        chosen = {}
+        for layer in scores.plan.layers:
+            own = {name: row[layer.slice] for name, row in scores.items()}
+            chosen[layer.name] = _closest(1.0, {c: measure(own, m.keep[layer.slice]) for c, m in masks.items()})
+        mask = select_filters(scores, chosen)
+        return _Choice(chosen, mask, 1.0, measure(scores, mask.keep), {})
+
+    def _measure(self, masks: dict[str, FilterMask]) -> tuple[float, dict[str, float]]:
+        """The attribute of the network as it is and of each neighbour; equal masks are tried once."""
+        with trying(self.model, list(masks.values()), self.mask_bn) as trial:
+            before = trial.measure(None, self._attribute_of)
+            known: dict[str, float] = {}
+            values = {}
+            for criterion, mask in masks.items():
+                if mask.digest not in known:
+                    known[mask.digest] = trial.measure(mask, self._attribute_of_pruned)
+                values[criterion] = known[mask.digest]
+        return before, values
+
+    def _attribute_of(self, model: nn.Module) -> float:
+        if callable(self.attribute):
+            return self.attribute(model)
+        return attributes.measure(model, self.calibration)[self.attribute]
+
+    def _attribute_of_pruned(self, model: nn.Module) -> float:
+        if self.recalibrate:
+            recalibrate_batchnorm(model, self.calibration)
+        return self._attribute_of(model)
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs: plain values for JSON, and under ``"keep"`` the current mask (bool ``[F]``)."""
+        state = {
+            "version": STATE_VERSION,
+            "layers": self._layers(),
+            "decisions": [decision.to_dict() for decision in self.decisions],
+        }
+        if self.mask is not None:
+            state["keep"] = self.mask.keep.cpu()
+        return state
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Take over the mask and the decisions of :meth:`state_dict`; weights come from the model's own state.
+
+        Raises:
+            MfpError: state of another version, or of other layers; nothing is changed then.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise MfpError(f"pruner state has version {state.get('version')!r}, this mfp reads {STATE_VERSION}")
+        if [list(layer) for layer in state["layers"]] != self._layers():
+            raise MfpError(
+                f"pruner state is of another network: its layers are {[name for name, *_ in state['layers']]}, "
+                f"this plan's {[layer.name for layer in self.plan.layers]}"
+            )
+        decisions = [Decision(**values) for values in state["decisions"]]
+        mask = FilterMask(self.plan, state["keep"].to(self.plan.weights()[0].device)) if "keep" in state else None
+        self.mask, self.decisions = mask, decisions
+
+    def _layers(self) -> list[list]:
+        return [[layer.name, layer.num_filters, layer.filter_size] for layer in self.plan.layers]
+
+
+def _closest(before: float, values: dict[str, float]) -> str:
+    """The candidate whose attribute is closest; of equals the first, and one that is not a number never wins."""
+    distances = {c: abs(value - before) for c, value in values.items()}
+    return min(distances, key=lambda c: distances[c] if not math.isnan(distances[c]) else math.inf)

@@ -1,0 +1,128 @@
+"""From scores to masks: in every layer the filters with the lowest scores go, of equal ones the lower index first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mfp import criteria as _criteria
+from mfp import ops
+from mfp.errors import MfpError
+from mfp.mask import FilterMask
+from mfp.plan import FilterPlan, check_rate
+from mfp.scores import FilterScores, check_criteria, require_finite
+
+
+def select_filters(scores: FilterScores, criterion: str | Mapping[str, str] | None = None) -> FilterMask:
+    """Mark exactly ``layer.num_pruned`` filters of each layer as pruned: those with the lowest scores.
+
+    >>> mask = mfp.select_filters(scores, criterion="l2_distance")
+    >>> int((~mask.keep).sum()) == sum(layer.num_pruned for layer in plan.layers)
+    True
+
+    Args:
+        scores: from :func:`mfp.score_filters`; its plan says how many filters go.
+        criterion: a scored criterion, or one per layer ``{layer name: criterion}``; may be left out when only one
+            was scored.
+
+    Raises:
+        MfpError: a criterion that was not scored, or none named among several.
+    """
+    plan = scores.plan
+    if criterion is None:
+        if len(scores) != 1:
+            raise MfpError(f"name the criterion to select by: scored were {', '.join(scores)}")
+        (criterion,) = scores
+    if isinstance(criterion, str):
+        criterion = {layer.name: criterion for layer in plan.layers}
+    keep = [lowest_pruned(scores[criterion[layer.name]][layer.slice], layer.num_pruned) for layer in plan.layers]
+    return FilterMask(plan, torch.cat(keep))
+
+
+def lowest_pruned(scores: Tensor, count: int) -> Tensor:
+    """Keep mask ``[N]``: False for the ``count`` lowest scores, the lower index first among equals."""
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    keep[torch.argsort(scores, stable=True)[:count]] = False
+    return keep
+
+
+def select_mix(
+    plan: FilterPlan,
+    rate_norm: float,
+    rate_distance: float,
+    norm: str = "l2_norm",
+    distance: str = "l2_distance",
+    backend: str | None = None,
+) -> FilterMask:
+    """FPGM's mix: prune ``int(N * rate_norm)`` filters by a norm, then ``int(N * rate_distance)`` of those left.
+
+    The distances of the second step are among the filters that are left. The plan's own rates only say which layers
+    take part (rate 0 leaves a layer alone); source: He et al., arXiv 1811.00250, "FPGM-mix".
+
+    Raises:
+        MfpError: a rate outside [0, 1), two rates that leave a layer empty, a criterion of the wrong family.
+    """
+    check_rate("rate_norm", rate_norm)
+    check_rate("rate_distance", rate_distance)
+    for name, family in ((norm, "magnitude"), (distance, "relation")):
+        if _criteria.criterion(name).family != family:
+            raise MfpError(f"select_mix: {name!r} is not a {family} criterion")
+    layers = [layer for layer in plan.layers if layer.rate > 0]
+    counts = [(int(layer.num_filters * rate_norm), int(layer.num_filters * rate_distance)) for layer in layers]
+    for layer, (first, second) in zip(layers, counts, strict=True):
+        if first + second >= layer.num_filters:
+            raise MfpError(
+                f"layer {layer.name!r} has {layer.num_filters} filters; rate_norm={rate_norm} and "
+                f"rate_distance={rate_distance} would prune {first} + {second} and leave none"
+            )
+
+    keep = torch.ones(plan.num_filters, dtype=torch.bool, device=plan.weights()[0].device)
+    norms = _score(plan, [plan.weight(layer) for layer in layers], norm, backend)
+    left = []
+    for layer, scores, (first, _) in zip(layers, norms, counts, strict=True):
+        keep[layer.slice] = lowest_pruned(scores, first)
+        left.append(keep[layer.slice].nonzero().squeeze(1))
+    remaining = [plan.weight(layer).detach()[index].contiguous() for layer, index in zip(layers, left, strict=True)]
+    distances = _score(plan, remaining, distance, backend)
+    for layer, index, scores, (_, second) in zip(layers, left, distances, counts, strict=True):
+        keep[layer.offset + index[~lowest_pruned(scores, second)]] = False
+    return FilterMask(plan, keep)
+
+
+def _score(plan: FilterPlan, weights: list[Tensor], criterion: str, backend: str | None) -> tuple[Tensor, ...]:
+    known = _criteria.criterion(criterion)
+    scores = ops.score_filters(weights, [known.kind], [known.exponent], backend)
+    require_finite(plan, scores)
+    return scores[0].split([len(weight) for weight in weights])
+
+
+def prune_filters_(plan: FilterPlan, criterion: str, *, mask_bn: bool = True, backend: str | None = None) -> FilterMask:
+    """Score, select and zero in one op: one launch on a GPU, one call on a CPU.
+
+    >>> mask = mfp.prune_filters_(plan, criterion="l2_distance")
+
+    Args:
+        plan: the layers and how many filters of each go.
+        criterion: a name.
+        mask_bn: zero the pruned filters' biases and BatchNorm entries too.
+
+    Raises:
+        MfpError: weights that are not finite; nothing is zeroed then.
+    """
+    (known,) = check_criteria((criterion,))
+    weights, followers = plan.weights(), plan.followers(mask_bn)
+    with torch.no_grad():
+        scores, keep = ops.prune_filters_(
+            weights,
+            [parameter for _, parameter in followers],
+            [layer for layer, _ in followers],
+            [layer.num_pruned for layer in plan.layers],
+            [known.kind],
+            [known.exponent],
+            0,
+            backend,
+        )
+    require_finite(plan, scores)
+    return FilterMask(plan, keep)
