@@ -52,7 +52,7 @@ class FilterMask:
         return hashlib.sha256(self.keep.cpu().numpy().tobytes()).hexdigest()[:16]
 
     def churn(self, previous: FilterMask | None) -> float:
-        """Share of the pruned filters that ``previous`` did not prune: 0 when the mask is frozen, 1 without a previous."""
+        """Share of the pruned filters that ``previous`` did not prune: 0 for a frozen mask, 1 without a previous."""
         pruned = ~self.keep
         if previous is None or not pruned.any():
             return float(pruned.any())

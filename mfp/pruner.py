@@ -79,8 +79,8 @@ class FilterPruner:
         model: the network; DistributedDataParallel and torch.compile wrappers are looked through.
         rate: share of filters pruned per layer, in [0, 1).
         criteria: candidates; with one, nothing is tried out.
-        attribute: ``weight_energy`` or ``sparsity`` (no data), ``loss``, ``top1_error``, ``top5_error`` (measured on the
-            calibration batches), or a callable ``model -> float``.
+        attribute: ``weight_energy`` or ``sparsity`` (no data), ``loss``, ``top1_error``, ``top5_error`` (measured on
+            the calibration batches), or a callable ``model -> float``.
         calibration: ``[(inputs, targets), ...]``, the same batches for all candidates.
         mode: ``soft`` (pruned filters learn on), ``hard`` (the first choice holds; gradients are masked),
             ``asymptotic`` or ``cubic`` (soft, with a growing rate).

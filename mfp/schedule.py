@@ -35,8 +35,8 @@ def prune_now(epoch: int, interval: int = 1, epochs: int | None = None) -> bool:
 def rate_factor(mode: str, epoch: int, epochs: int | None = None) -> float:
     """Share of the final rate in force at the end of an epoch (from 0): 1 for ``soft`` and ``hard``.
 
-    ``asymptotic`` follows ASFP, 1 - exp(-kt) scaled to end at 1; ``cubic`` is 1 - (1 - t)^3 (arXiv 1710.01878); t is the
-    share of the epochs that is over.
+    ``asymptotic`` follows ASFP, 1 - exp(-kt) scaled to end at 1; ``cubic`` is 1 - (1 - t)^3 (arXiv 1710.01878); t is
+    the share of the epochs that is over.
     """
     if mode in ("soft", "hard"):
         return 1.0

@@ -1,0 +1,37 @@
+# Each target does all it needs from a fresh clone: its own environment, pinned torch, the build, the run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.14.1 torchvision==0.29.1
+BUILD_TOOLS := numpy ninja pybind11 wheel "setuptools>=77,<82"
+
+.PHONY: demo test lint wheel-test sanitize clean
+
+demo: $(VENV)/installed  ## train ResNet-20 on handwritten digits, prune, compact, prove and show what was gained
+	$(BIN)/mfp prune
+
+test: $(VENV)/installed  ## everything that can be proved on this machine
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
+
+wheel-test: $(VENV)/installed  ## build a wheel, install it beside a torch that is already there, run the packaging test
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet $(TORCH) numpy pytest
+	.venv-wheel/bin/python -m pip install --quiet dist/mfp-*.whl
+	cd tests && ../.venv-wheel/bin/python -m pytest -c /dev/null -q -p no:cacheprovider test_packaging.py
+
+# The stamp is renewed, and the package rebuilt, when the metadata or a compiled source changes.
+$(VENV)/installed: pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH) $(BUILD_TOOLS)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-wheel build dist mfp/*.so
