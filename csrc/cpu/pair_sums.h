@@ -32,7 +32,8 @@ namespace MFP_ISA {
 constexpr int kLanes = MFP_LANES;
 constexpr int kPanel = 2 * kLanes;  // columns that the register tile covers
 constexpr int kVectors = kTileColumns / kLanes;
-// Rows of the register tile. 32 registers hold 2 * 6 * 2 sums, 16 hold 2 * 3 * 2; one sum per pair leaves room for more.
+// Rows of the register tile. 32 registers hold 2 * 6 * 2 sums, 16 hold 2 * 3 * 2; one sum per pair leaves room for
+// more.
 constexpr int kRowsBoth = kLanes == 16 ? 6 : 3;
 constexpr int kRowsOne = kLanes == 16 ? 8 : 4;
 
@@ -40,13 +41,27 @@ typedef float Vec __attribute__((vector_size(4 * MFP_LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * MFP_LANES)));
 typedef float LooseVec __attribute__((vector_size(4 * MFP_LANES), aligned(4), may_alias));
 
-inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
-inline Vec broadcast(float x) { return x - Vec{}; }
-inline Vec absolute(Vec v) { return (Vec)((IntVec)v & 0x7fffffff); }
-inline Vec select(IntVec mask, Vec v) { return (Vec)((IntVec)v & mask); }  // v where the mask is set, else 0
-inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec load(const float* p) {
+  return *reinterpret_cast<const LooseVec*>(p);
+}
+inline void store(float* p, Vec v) {
+  *reinterpret_cast<LooseVec*>(p) = v;
+}
+inline Vec broadcast(float x) {
+  return x - Vec{};
+}
+inline Vec absolute(Vec v) {
+  return (Vec)((IntVec)v & 0x7fffffff);
+}
+inline Vec select(IntVec mask, Vec v) {
+  return (Vec)((IntVec)v & mask);
+}  // v where the mask is set, else 0
+inline Vec maximum(Vec a, Vec b) {
+  return a > b ? a : b;
+}
+inline Vec minimum(Vec a, Vec b) {
+  return a < b ? a : b;
+}
 inline Vec root(Vec v) {
   for (int i = 0; i < kLanes; ++i) v[i] = std::sqrt(v[i]);
   return v;
@@ -161,10 +176,10 @@ double general_norm(const Layer& layer, int64_t filter, float largest, double ex
 // ---- one tile of pairs --------------------------------------------------------------------------------------------
 
 struct alignas(64) Scratch {
-  float columns[kTileColumns * kBlock];                      // packed: [panel][k][kPanel]
-  float first[(kTileRows + kRowsOne) * kTileColumns];        // sums of |d|; of |d|^p for general p
-  float second[(kTileRows + kRowsOne) * kTileColumns];       // sums of d^2; largest |d| for general p
-  float converted[(kTileRows + kTileColumns) * kBlock];      // rows and columns of 16-bit weights
+  float columns[kTileColumns * kBlock];                  // packed: [panel][k][kPanel]
+  float first[(kTileRows + kRowsOne) * kTileColumns];    // sums of |d|; of |d|^p for general p
+  float second[(kTileRows + kRowsOne) * kTileColumns];   // sums of d^2; largest |d| for general p
+  float converted[(kTileRows + kTileColumns) * kBlock];  // rows and columns of 16-bit weights
   const float* rows[kTileRows + kRowsOne];
 };
 
@@ -467,7 +482,9 @@ void tile(const TileWork& work) {
 
 }  // namespace MFP_ISA
 
-Kernels MFP_JOIN(MFP_ISA, _kernels)() { return {MFP_ISA::norms, MFP_ISA::general_norm, MFP_ISA::tile}; }
+Kernels MFP_JOIN(MFP_ISA, _kernels)() {
+  return {MFP_ISA::norms, MFP_ISA::general_norm, MFP_ISA::tile};
+}
 
 }  // namespace mfp::cpu
 
@@ -477,6 +494,8 @@ Kernels MFP_JOIN(MFP_ISA, _kernels)() { return {MFP_ISA::norms, MFP_ISA::general
 
 #else  // this compiler or processor has no such instruction set; isa.cpp never chooses it
 namespace mfp::cpu {
-Kernels MFP_JOIN(MFP_ISA, _kernels)() { return portable_kernels(); }
+Kernels MFP_JOIN(MFP_ISA, _kernels)() {
+  return portable_kernels();
+}
 }  // namespace mfp::cpu
 #endif

@@ -108,19 +108,21 @@ std::vector<std::vector<double>> sum_relations(const std::vector<Layer>& layers,
       const double* part = partial.data() + i * stride + relation * kSumsPerRelation;
       double* target = sums[relation].data() + offsets.begin[tile.layer - layers.data()];
       for (int64_t row = tile.row_begin; row < tile.row_end; ++row) target[row] += part[row - tile.row_begin];
-      for (int64_t c = tile.column_begin; c < tile.column_end; ++c) target[c] += part[kTileRows + c - tile.column_begin];
+      for (int64_t c = tile.column_begin; c < tile.column_end; ++c)
+        target[c] += part[kTileRows + c - tile.column_begin];
     }
   }
   return sums;
 }
 
 bool any_of(const std::vector<Criterion>& criteria, Kind kind, double exponent = 0) {
-  return std::any_of(criteria.begin(), criteria.end(), [&](const Criterion& c) {
-    return c.kind == kind && (exponent == 0 || c.exponent == exponent);
-  });
+  return std::any_of(criteria.begin(), criteria.end(),
+                     [&](const Criterion& c) { return c.kind == kind && (exponent == 0 || c.exponent == exponent); });
 }
 
-bool is_general(const Criterion& c) { return c.exponent != 1 && c.exponent != 2; }
+bool is_general(const Criterion& c) {
+  return c.exponent != 1 && c.exponent != 2;
+}
 
 }  // namespace
 
@@ -137,7 +139,7 @@ static void add_zero_filters(const std::vector<Layer>& layers, const LayerOffset
 }
 
 void compute_scores(const std::vector<Layer>& layers, const std::vector<Criterion>& criteria, float* scores,
-                   int num_threads, Isa isa) {
+                    int num_threads, Isa isa) {
   const Kernels kernels = kernels_of(isa);
   const LayerOffsets offsets(layers);
   const int64_t total = offsets.total();
@@ -204,9 +206,8 @@ void compute_scores(const std::vector<Layer>& layers, const std::vector<Criterio
 void select_lowest(const float* scores, int64_t n, int64_t count, bool* keep) {
   std::vector<int64_t> order(n);
   std::iota(order.begin(), order.end(), 0);
-  std::nth_element(order.begin(), order.begin() + count, order.end(), [&](int64_t a, int64_t b) {
-    return scores[a] != scores[b] ? scores[a] < scores[b] : a < b;
-  });
+  std::nth_element(order.begin(), order.begin() + count, order.end(),
+                   [&](int64_t a, int64_t b) { return scores[a] != scores[b] ? scores[a] < scores[b] : a < b; });
   std::fill_n(keep, n, true);
   for (int64_t i = 0; i < count; ++i) keep[order[i]] = false;
 }

@@ -26,7 +26,7 @@ struct Criterion {
 
 // scores: [criteria, F], F = all filters of all layers in order. The result does not depend on num_threads.
 void compute_scores(const std::vector<Layer>& layers, const std::vector<Criterion>& criteria, float* scores,
-                   int num_threads, Isa isa);
+                    int num_threads, Isa isa);
 
 // keep[j] = false for the `count` lowest of scores[0..n), the lower index first among equals.
 void select_lowest(const float* scores, int64_t n, int64_t count, bool* keep);
