@@ -41,27 +41,13 @@ typedef float Vec __attribute__((vector_size(4 * MFP_LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * MFP_LANES)));
 typedef float LooseVec __attribute__((vector_size(4 * MFP_LANES), aligned(4), may_alias));
 
-inline Vec load(const float* p) {
-  return *reinterpret_cast<const LooseVec*>(p);
-}
-inline void store(float* p, Vec v) {
-  *reinterpret_cast<LooseVec*>(p) = v;
-}
-inline Vec broadcast(float x) {
-  return x - Vec{};
-}
-inline Vec absolute(Vec v) {
-  return (Vec)((IntVec)v & 0x7fffffff);
-}
-inline Vec select(IntVec mask, Vec v) {
-  return (Vec)((IntVec)v & mask);
-}  // v where the mask is set, else 0
-inline Vec maximum(Vec a, Vec b) {
-  return a > b ? a : b;
-}
-inline Vec minimum(Vec a, Vec b) {
-  return a < b ? a : b;
-}
+inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
+inline Vec broadcast(float x) { return x - Vec{}; }
+inline Vec absolute(Vec v) { return (Vec)((IntVec)v & 0x7fffffff); }
+inline Vec select(IntVec mask, Vec v) { return (Vec)((IntVec)v & mask); }  // v where the mask is set, else 0
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec root(Vec v) {
   for (int i = 0; i < kLanes; ++i) v[i] = std::sqrt(v[i]);
   return v;
@@ -482,9 +468,7 @@ void tile(const TileWork& work) {
 
 }  // namespace MFP_ISA
 
-Kernels MFP_JOIN(MFP_ISA, _kernels)() {
-  return {MFP_ISA::norms, MFP_ISA::general_norm, MFP_ISA::tile};
-}
+Kernels MFP_JOIN(MFP_ISA, _kernels)() { return {MFP_ISA::norms, MFP_ISA::general_norm, MFP_ISA::tile}; }
 
 }  // namespace mfp::cpu
 
@@ -494,8 +478,6 @@ Kernels MFP_JOIN(MFP_ISA, _kernels)() {
 
 #else  // this compiler or processor has no such instruction set; isa.cpp never chooses it
 namespace mfp::cpu {
-Kernels MFP_JOIN(MFP_ISA, _kernels)() {
-  return portable_kernels();
-}
+Kernels MFP_JOIN(MFP_ISA, _kernels)() { return portable_kernels(); }
 }  // namespace mfp::cpu
 #endif

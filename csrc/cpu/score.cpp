@@ -120,9 +120,7 @@ bool any_of(const std::vector<Criterion>& criteria, Kind kind, double exponent =
                      [&](const Criterion& c) { return c.kind == kind && (exponent == 0 || c.exponent == exponent); });
 }
 
-bool is_general(const Criterion& c) {
-  return c.exponent != 1 && c.exponent != 2;
-}
+bool is_general(const Criterion& c) { return c.exponent != 1 && c.exponent != 2; }
 
 }  // namespace
 
