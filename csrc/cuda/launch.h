@@ -19,6 +19,12 @@ struct MaskedRows {
   int64_t first_item;
 };
 
+// About 32 KB an item, and enough rows that each warp has one.
+__host__ __device__ inline int64_t rows_per_item(int64_t row_bytes) {
+  const int64_t rows = 32768 / (row_bytes > 0 ? row_bytes : 1);
+  return rows < 8 ? 8 : rows;
+}
+
 int64_t plan_mask(std::vector<MaskedRows>& tensors);  // fills first_item; returns the number of items
 cudaError_t launch_mask(const MaskedRows* tensors, int32_t count, int64_t items, const bool* keep, cudaStream_t stream);
 

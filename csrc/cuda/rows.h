@@ -1,15 +1,9 @@
 // Zeroing rows of bytes: shared by the mask kernel and by the pruning launch.
 #pragma once
 
-#include "cuda/runtime.h"
+#include "cuda/launch.h"
 
 namespace mfp::cuda {
-
-// About 32 KB an item, and enough rows that each warp has one.
-__host__ __device__ inline int64_t rows_per_item(int64_t row_bytes) {
-  const int64_t rows = 32768 / (row_bytes > 0 ? row_bytes : 1);
-  return rows < 8 ? 8 : rows;
-}
 
 // Lanes `lane`, `lane + lanes`, … of a group zero one row: 16 bytes a store, single bytes before and after them.
 __device__ inline void zero_row(unsigned char* row, int64_t bytes, int lane, int lanes) {
