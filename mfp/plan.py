@@ -133,8 +133,8 @@ class FilterPlan:
             offset += len(conv.weight)
         if not layers:
             raise MfpError(
-                f"{type(model).__name__} has {len(convs)} conv layers and none of them is left to prune "
-                f"(skip={tuple(skip)!r})"
+                f"{type(model).__name__} has no conv layer to prune: {len(convs)} in all, {len(outputs)} of them the "
+                f"network's output, skip={tuple(skip)!r}; layer_rates={{name: rate}} plans a layer all the same"
             )
         return cls(model, layers, channel_multiple)
 

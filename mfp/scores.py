@@ -78,7 +78,7 @@ def require_finite(plan: FilterPlan, values: Tensor) -> None:
     if torch.isfinite(values).all():
         return
     for layer in plan.layers:
-        bad = ~torch.isfinite(layer.weight.detach().flatten(1)).all(dim=1)
+        bad = ~torch.isfinite(plan.weight(layer).detach().flatten(1)).all(dim=1)
         if bad.any():
             raise MfpError(
                 f"layer {layer.name!r}: filter {int(bad.nonzero()[0])} has weights that are not finite "
