@@ -7,8 +7,10 @@ filters for good at the end.
 
 from mfp import backend, ops
 from mfp.attributes import recalibrate_batchnorm
+from mfp.compact import CompactReport, compact, flops
 from mfp.criteria import PAPER_CRITERIA
 from mfp.errors import MfpError
+from mfp.files import load, save
 from mfp.mask import FilterMask
 from mfp.plan import FilterPlan
 from mfp.pruner import Decision, FilterPruner
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PAPER_CRITERIA",
+    "CompactReport",
     "Decision",
     "FilterMask",
     "FilterPlan",
@@ -26,9 +29,13 @@ __all__ = [
     "FilterScores",
     "MfpError",
     "backend",
+    "compact",
+    "flops",
+    "load",
     "ops",
     "prune_filters_",
     "recalibrate_batchnorm",
+    "save",
     "score_filters",
     "select_filters",
     "select_mix",

@@ -1,0 +1,143 @@
+"""Hard pruning: dead-channel elimination on the torch.fx graph, exact by construction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mfp.compact.builder import Builder
+from mfp.compact.channels import Network
+from mfp.compact.contraction import Contraction
+from mfp.compact.count import count_parameters, flops
+from mfp.compact.fold import absorb_constants, fold_batchnorm
+from mfp.compact.normalize import ShapeRecorder, normalize
+from mfp.compact.report import CompactReport, LayerChange
+from mfp.compact.shrink import analyse, write
+from mfp.compact.table import rule_for
+from mfp.errors import MfpError
+from mfp.graph import eval_mode, example_arguments, trace
+
+__all__ = ["CompactReport", "compact", "count_parameters", "flops"]
+
+
+def compact(
+    model: nn.Module,
+    example_input: Any,
+    fold_bn: bool = False,
+    *,
+    leaf_modules: Iterable[str | type[nn.Module]] = (),
+) -> fx.GraphModule:
+    """Removes every channel that is constant or that nobody reads; the result computes what ``model.eval()`` does.
+
+    >>> small = mfp.compact(masked_resnet50, torch.zeros(1, 3, 224, 224))
+    >>> small.conv1.weight.shape, small.report.flops_saved
+    (torch.Size([45, 3, 7, 7]), 0.42)
+
+    The model is left as it is. The result is an ordinary module with the same submodule names; it can be trained on.
+
+    Args:
+        model: a network some of whose filters are zero (a masked one).
+        example_input: a tensor, a tuple of positional arguments or a dict of named ones, on the model's device.
+            It fixes shapes, not sizes: the result takes any batch size, and any image size the model takes.
+        fold_bn: fold BatchNorm into the convs before it, for serving.
+        leaf_modules: names or classes of submodules to leave as one opaque piece each.
+    Raises MfpError when the model cannot be traced or run on the example.
+    """
+    arguments = example_arguments(model, example_input)
+    traced = trace(model, arguments, leaf_modules)
+    with eval_mode(model), torch.no_grad():
+        expected = record_shapes(traced, arguments)
+        opaque = normalize(traced)
+        record_shapes(traced, arguments)
+        net = analyse(traced.graph, dict(traced.named_modules()), opaque)
+        build = write(net)
+    small = finish(build, type(model).__name__, fold_bn)
+    small.train(model.training)
+    difference = check(small, arguments, expected, model)
+    small.report = make_report(model, small, net, build, example_input, difference)
+    return small
+
+
+def record_shapes(traced: fx.GraphModule, arguments: dict[str, Any]) -> Any:
+    try:
+        return ShapeRecorder(traced).run(*arguments.values())
+    except Exception as error:
+        shapes = {key: tuple(v.shape) for key, v in arguments.items() if isinstance(v, Tensor)}
+        raise MfpError(f"the model does not run on the example input {shapes}: {error}") from error
+
+
+def finish(build: Builder, name: str, fold_bn: bool) -> fx.GraphModule:
+    small = fx.GraphModule(build.root, build.graph, f"Compact{name.removeprefix('Compact')}")
+    small.graph.eliminate_dead_code()
+    small.graph.lint()
+    absorb_constants(small)
+    if fold_bn:
+        fold_batchnorm(small)
+    small.delete_all_unused_submodules()
+    small.recompile()
+    return small
+
+
+def check(small: fx.GraphModule, arguments: dict[str, Any], expected: Any, model: nn.Module) -> float:
+    """Runs the compact network on the example; a real difference is a mistake of this package, never passed on."""
+    with eval_mode(small), torch.no_grad():
+        actual = small(*arguments.values())
+    worst = 0.0
+    for a, b in zip(tensors_in(actual), tensors_in(expected), strict=True):
+        if a.shape != b.shape:
+            raise AssertionError(f"compact {type(model).__name__} gives {tuple(a.shape)}, the model {tuple(b.shape)}")
+        if b.is_floating_point() and b.numel() and b.isfinite().all():
+            scale = b.abs().max().item() or 1.0
+            worst = max(worst, (a - b).abs().max().item() / scale)
+    return worst
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+def make_report(
+    model: nn.Module, small: fx.GraphModule, net: Network, build: Builder, example_input: Any, difference: float
+) -> CompactReport:
+    layers = []
+    left = dict(small.named_modules())
+    for calls in net.calls.values():
+        node, module = calls[0], net.module(calls[0])
+        if not isinstance(rule_for(net, node), Contraction):
+            continue
+        new = left.get(node.target)
+        new = getattr(new, "conv", new)
+        after = (0, 0) if new is None else sizes(new)
+        before = sizes(module)
+        layers.append(LayerChange(node.target, before[0], after[0], before[1], after[1]))
+    return CompactReport(
+        layers, flops(model, example_input), flops(small, tuple(example_arguments(model, example_input).values())),
+        count_parameters(model), count_parameters(small), difference, reasons(net, build),
+    )  # fmt: skip
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """(filters, inputs)"""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return module.out_channels, module.in_channels
+
+
+def reasons(net: Network, build: Builder) -> list[str]:
+    lines = [f"{node.name}: {reason}" for node, reason in net.opaque.items()]
+    for reader, sources in build.expanded.items():
+        what = reader.target if isinstance(reader.target, str) else getattr(reader.target, "__name__", reader.target)
+        if reader.op == "output":
+            why = "the network's outputs keep their width"
+        elif rule_for(net, reader).understood:
+            why = f"{what} reads across channels"
+        else:
+            why = f"{what} is not understood"
+        lines.append(f"{reader.name}: {why}; {', '.join(sources)} widened for it")
+    return lines

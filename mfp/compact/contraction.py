@@ -1,0 +1,264 @@
+"""Convs and linear layers: where channels die and where constants end, in a bias or in a border map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mfp.compact.builder import Builder, Piece
+from mfp.compact.channels import Channels, Network, input_node
+from mfp.compact.modules import ConvWithBorder
+from mfp.compact.rules import Rule
+
+
+def groups_of(module: nn.Module) -> int:
+    return getattr(module, "groups", 1)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    return getattr(module, "transposed", False)
+
+
+def to_rows(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+    """Any contraction's weight as [out, in / groups, kernel...]."""
+    if not transposed:
+        return weight
+    per_group = weight.view(groups, weight.shape[0] // groups, *weight.shape[1:]).transpose(1, 2)
+    return per_group.reshape(-1, *per_group.shape[2:])
+
+
+def from_rows(rows: Tensor, groups: int, transposed: bool) -> Tensor:
+    """The inverse of to_rows."""
+    if not transposed:
+        return rows
+    per_group = rows.view(groups, rows.shape[0] // groups, *rows.shape[1:]).transpose(1, 2)
+    return per_group.reshape(-1, *per_group.shape[2:])
+
+
+def take(rows_of: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """rows_of[rows][:, columns], columns [in'] or one set per row [out', in']; -1 gives zeros."""
+    rows, columns = rows.to(rows_of.device), columns.to(rows_of.device)
+    columns = columns.expand(len(rows), -1)
+    taken = rows_of[rows.clamp(min=0)[:, None], columns.clamp(min=0)]
+    missing = (rows[:, None] < 0) | (columns < 0)
+    taken[missing] = 0
+    return taken
+
+
+def varies_at_border(module: nn.Module) -> bool:
+    """Whether a constant input channel gives a result that differs between inside and border."""
+    if isinstance(module, nn.Linear):
+        return False
+    if module.transposed:
+        return True
+    if module.padding_mode != "zeros":
+        return False
+    if isinstance(module.padding, str):
+        return module.padding == "same" and any(size > 1 for size in module.kernel_size)
+    return any(module.padding)
+
+
+@dataclass
+class Cut:
+    """What is left of a contraction: its rows and columns, and the input channels that its input must bring.
+
+    rows [out'] and columns [in' / groups'] (or [out', in' / groups']) index the weight in the form of to_rows;
+    ``layout`` [in'] is the input's channels in the order of the columns.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    layout: Tensor
+    groups: int
+    name: str = ""
+
+
+class Contraction(Rule):
+    """conv, transposed conv, linear"""
+
+    understood = True
+
+    def forward(self, net: Network, node: fx.Node) -> Channels | None:
+        module, source = net.module(node), input_node(node)
+        dim = self.channel_dim(net, node)
+        known = net.known(source)
+        if known is not None and known.dim != dim:
+            return None
+        groups = groups_of(module)
+        const = net.channels_at(source, dim).const.view(groups, 1, -1)  # [groups, 1, in / groups]
+        nonzero, sums = self.weight_facts(module)
+        moving = const.isnan() | ((const != 0) & varies_at_border(module))
+        live = (nonzero & moving).any(-1)  # [groups, out / groups]
+        value = (sums * const.nan_to_num()).sum(-1)
+        if module.bias is not None:
+            value = value + module.bias.detach().double().cpu().view(groups, -1)
+        return Channels(dim, torch.where(live, float("nan"), value).flatten())
+
+    def backward(self, net: Network, node: fx.Node) -> None:
+        if net.known(node) is None:
+            return super().backward(net, node)
+        calls = net.call_nodes(node)
+        if len(calls) > 1:  # one set of filters for all calls: whatever one of them needs
+            net.demand[node].fill_(True)
+        nonzero, _ = self.weight_facts(net.module(node))
+        kept = net.kept(node).view(nonzero.shape[0], -1, 1)
+        if len(calls) > 1:
+            kept = torch.stack([net.channels[call].live for call in calls]).any(0).view_as(kept)
+        net.need(input_node(node), (nonzero & kept).any(1).flatten(), self.channel_dim(net, node))
+        return None
+
+    @staticmethod
+    def channel_dim(net: Network, node: fx.Node) -> int:
+        module = net.module(node)
+        ndim = len(net.shape(node))
+        return ndim - 1 if isinstance(module, nn.Linear) else ndim - len(module.kernel_size) - 1
+
+    @staticmethod
+    def weight_facts(module: nn.Module) -> tuple[Tensor, Tensor]:
+        """Which weights [groups, out / groups, in / groups] are not zero, and their sums over the kernel."""
+        groups = groups_of(module)
+        rows = to_rows(module.weight.detach().cpu(), groups, is_transposed(module))
+        rows = rows.reshape(groups, rows.shape[0] // groups, rows.shape[1], -1)
+        return (rows != 0).any(-1), rows.double().sum(-1)
+
+    def shrink(self, build: Builder, node: fx.Node) -> Any:
+        net, module, source = build.network, build.network.module(node), input_node(node)
+        if net.known(node) is None:
+            return super().shrink(build, node)
+        dim = self.channel_dim(net, node)
+        cut = build.shared.get(id(module))
+        if cut is None:
+            cut = self.plan_cut(build, node, dim)
+            cut.name = build.add(node.target, self.cut_module(build, node, cut, dim))
+            build.shared[id(module)] = cut
+        piece = build.align(source, cut.layout, dim)
+        new = build.graph.create_node("call_module", cut.name, (piece.node,), {}, node.name)
+        right = net.kept(node) | ~net.channels[node].live  # others lack inputs that nobody else needs
+        return Piece(new, torch.where((cut.rows >= 0) & right[cut.rows.clamp(min=0)], cut.rows, -1))
+
+    def plan_cut(self, build: Builder, node: fx.Node, dim: int) -> Cut:
+        net, module, source = build.network, build.network.module(node), input_node(node)
+        calls = net.call_nodes(node)
+        groups = groups_of(module)
+        kept = torch.stack([net.kept(call) for call in calls]).any(0)
+        if not kept.any():
+            kept[0] = True
+        nonzero, _ = self.weight_facts(module)
+        wanted = (nonzero & kept.view(groups, -1, 1)).any(1).flatten()  # input channels these filters read
+        live = torch.zeros_like(wanted)
+        first = net.channels_at(source, dim).const
+        for call in calls:
+            const = net.channels_at(input_node(call), dim).const
+            live |= const.isnan() | (const != first)  # folded only where all calls see the same constant
+        wanted &= live
+        if groups > 1:
+            return grouped_cut(kept.view(groups, -1), wanted.view(groups, -1))
+        piece_ids = build.pieces[source].ids
+        present = torch.arange(module_inputs(module)) if piece_ids is None else piece_ids
+        layout = wanted.nonzero().flatten()
+        enough = torch.isin(layout, present).all()
+        if len(calls) == 1 and enough and len(layout) > 0.9 * len(present):
+            layout = present  # a few columns of zeros are cheaper than a copy of the input
+        elif not len(layout):
+            layout = present[:1]
+        return Cut(kept.nonzero().flatten(), layout, layout, 1)
+
+    def cut_module(self, build: Builder, node: fx.Node, cut: Cut, dim: int) -> nn.Module:
+        """The contraction for these rows and columns, with the lost constants in its bias or its border map."""
+        net, module = build.network, build.network.module(node)
+        const = net.channels_at(input_node(node), dim).const.nan_to_num()
+        const[cut.layout[cut.layout >= 0]] = 0  # still there
+        old_groups, transposed = groups_of(module), is_transposed(module)
+        rows_of = to_rows(module.weight.detach(), old_groups, transposed)
+        new = rebuild(module, cut, take(rows_of, cut.rows, cut.columns))
+        self.note_origin(build, node.target, module, cut)
+        lost = lost_kernels(rows_of, const, cut.rows, old_groups)  # [out', kernel...] in float64
+        if not lost.any():
+            return new
+        if varies_at_border(module):
+            border = lost.to(module.weight.dtype)[:, None]
+            return ConvWithBorder(new, border.transpose(0, 1).contiguous() if transposed else border)
+        bias = lost.flatten(1).sum(1) if lost.dim() > 1 else lost
+        if new.bias is None:
+            new.bias = nn.Parameter(bias.to(module.weight.dtype))
+            new.bias.mfp_from_constants = True
+        else:
+            new.bias.data = (new.bias.data.double() + bias).to(new.bias.dtype)
+        return new
+
+    @staticmethod
+    def note_origin(build: Builder, name: str, module: nn.Module, cut: Cut) -> None:
+        build.sources[f"{name}.weight"] = module.weight
+        transposed = 1 if is_transposed(module) else 0
+        build.origin[f"{name}.weight"] = (cut.rows, cut.columns, cut.groups, transposed * groups_of(module))
+        if module.bias is not None:
+            build.sources[f"{name}.bias"] = module.bias
+            build.origin[f"{name}.bias"] = (cut.rows, None, 1, 0)
+
+
+def module_inputs(module: nn.Module) -> int:
+    return module.in_features if isinstance(module, nn.Linear) else module.in_channels
+
+
+def grouped_cut(kept: Tensor, wanted: Tensor) -> Cut:
+    """Groups without a kept filter go; the others get equal numbers of filters and inputs, filled up with -1."""
+    groups, per_out = kept.shape
+    per_in = wanted.shape[1]
+    alive = kept.any(1).nonzero().flatten().tolist()
+    most_out = int(kept.sum(1).max())
+    most_in = max(int(wanted[alive].sum(1).max()), 1)
+    rows, columns, layout = [], [], []
+    for group in alive:
+        own_rows = pad(kept[group].nonzero().flatten(), most_out)
+        own_columns = pad(wanted[group].nonzero().flatten(), most_in)
+        rows.append(torch.where(own_rows >= 0, own_rows + group * per_out, -1))
+        columns.append(own_columns.expand(most_out, -1))
+        layout.append(torch.where(own_columns >= 0, own_columns + group * per_in, -1))
+    return Cut(torch.cat(rows), torch.cat(columns), torch.cat(layout), len(alive))
+
+
+def pad(ids: Tensor, length: int) -> Tensor:
+    return torch.cat([ids, ids.new_full((length - len(ids),), -1)])
+
+
+def lost_kernels(rows_of: Tensor, const: Tensor, rows: Tensor, groups: int) -> Tensor:
+    """For each row the sum over lost input channels of constant times kernel, float64."""
+    rows_on = rows.to(rows_of.device)
+    weights = rows_of[rows_on.clamp(min=0)].double()
+    group = rows_on.clamp(min=0) // (rows_of.shape[0] // groups)
+    constants = const.to(rows_of.device).view(groups, -1)[group]  # [out', in / groups]
+    used = constants != 0
+    if not used.any():
+        return torch.zeros(len(rows), dtype=torch.float64, device=rows_of.device)
+    constants = constants.view(*constants.shape, *[1] * (weights.dim() - 2))
+    lost = (weights * constants).sum(1)
+    lost[rows_on < 0] = 0
+    return lost
+
+
+def rebuild(module: nn.Module, cut: Cut, rows: Tensor) -> nn.Module:
+    """A module of the same class and settings around a smaller weight."""
+    groups = cut.groups
+    with torch.device("meta"):
+        if isinstance(module, nn.Linear):
+            new: nn.Module = nn.Linear(rows.shape[1], rows.shape[0], bias=module.bias is not None)
+        else:
+            extra = {"output_padding": module.output_padding} if module.transposed else {}
+            new = type(module)(
+                rows.shape[1] * groups, rows.shape[0], module.kernel_size, module.stride, module.padding,
+                dilation=module.dilation, groups=groups, bias=module.bias is not None,
+                padding_mode=module.padding_mode, **extra,
+            )  # fmt: skip
+    weight = from_rows(rows, groups, is_transposed(module))
+    if module.weight.dim() == 4 and not module.weight.is_contiguous():
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    new.weight = nn.Parameter(weight, module.weight.requires_grad)
+    if module.bias is not None:
+        on_device = cut.rows.to(module.bias.device)
+        bias = module.bias.detach()[on_device.clamp(min=0)]
+        bias[on_device < 0] = 0
+        new.bias = nn.Parameter(bias, module.bias.requires_grad)
+    return new.train(module.training)

@@ -1,0 +1,58 @@
+"""Exact counting of multiply-adds and parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mfp.graph import eval_mode, example_arguments
+
+aten = torch.ops.aten
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the multiply-adds of every convolution and matrix product that runs inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet is aten.convolution:
+            weight, transposed = args[1], args[6]
+            positions = args[0] if transposed else result  # each one meets every weight of its group once
+            self.total += math.prod(positions.shape[:1] + positions.shape[2:]) * weight.numel()
+        elif packet in (aten.mm, aten.bmm):
+            self.total += args[0].numel() * args[1].shape[-1]
+        elif packet in (aten.addmm, aten.baddbmm):
+            self.total += args[1].numel() * args[2].shape[-1]
+        elif packet is aten.linear:
+            self.total += args[0].numel() * args[1].shape[0]
+        return result
+
+
+def flops(model: nn.Module, example_input: Any) -> int:
+    """Multiply-adds of one forward pass in eval mode: convolutions and matrix products, counted as they run.
+
+    >>> mfp.flops(torchvision.models.resnet50(), torch.zeros(1, 3, 224, 224))
+    4089184256
+
+    Args:
+        example_input: a tensor, a tuple of positional arguments or a dict of named ones; the count is for the
+            whole batch that it holds.
+    """
+    counter = _Counter()
+    with eval_mode(model), torch.no_grad(), counter:
+        model(**example_arguments(model, example_input))
+    return counter.total
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameter entries, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

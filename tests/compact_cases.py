@@ -1,0 +1,43 @@
+"""Networks with pruned filters and random BatchNorm statistics, for the tests of compaction and its files."""
+
+import torch
+from torch import nn
+
+import mfp
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every norm layer random statistics, scales and shifts, and every bias random values."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.uniform_(-0.5, 0.5, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm | nn.LayerNorm):
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+        if isinstance(getattr(module, "bias", None), nn.Parameter):
+            module.bias.data.uniform_(-0.5, 0.5, generator=generator)
+    return model
+
+
+def masked(model: nn.Module, rate: float = 0.4, mask_bn: bool = True, seed: int = 0, **plan) -> nn.Module:
+    """The model in eval mode, randomized and masked by the public way."""
+    randomize(model, seed)
+    plan = mfp.FilterPlan.from_model(model, rate=rate, **plan)
+    scores = mfp.score_filters(plan, criteria=("l2_norm",))
+    mfp.select_filters(scores, criterion="l2_norm").apply_(mask_bn=mask_bn)
+    return model.eval()
+
+
+def difference(a, b) -> float:
+    """Largest difference relative to the largest value, over all tensors of two equal structures."""
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        return max(difference(a[key], b[key]) for key in a)
+    if isinstance(a, tuple | list):
+        assert len(a) == len(b)
+        return max(difference(x, y) for x, y in zip(a, b, strict=True))
+    assert a.shape == b.shape
+    assert a.isfinite().all()
+    assert a.std() > 0, "all values equal: the comparison would show nothing"
+    return ((a - b).abs().max() / a.abs().max()).item()
