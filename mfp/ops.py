@@ -21,6 +21,12 @@ score_filters(Tensor[] weights, int[] kinds, float[] exponents) -> Tensor
 mask_filters_(Tensor(a!)[] tensors, Tensor keep, int[] offsets, int[] rows) -> ()
 prune_filters_(Tensor(a!)[] weights, Tensor(b!)[] followers, int[] follower_layers, int[] num_pruned, int[] kinds, \
 float[] exponents, int chosen) -> (Tensor, Tensor)
+masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor? keep, int[] offsets, \
+int[] rows, float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, \
+bool first_step) -> ()
+masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor? keep, \
+int[] offsets, int[] rows, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, \
+int step) -> ()
 """
 
 _library = torch.library.Library("mfp", "DEF")
@@ -45,6 +51,12 @@ def _(weights, followers, follower_layers, num_pruned, kinds, exponents, chosen)
     filters = sum(len(weight) for weight in weights)
     scores = weights[0].new_empty((len(kinds), filters), dtype=torch.float32)
     return scores, weights[0].new_empty((filters,), dtype=torch.bool)
+
+
+@torch.library.register_fake("mfp::masked_sgd_", lib=_library)
+@torch.library.register_fake("mfp::masked_adamw_", lib=_library)
+def _(*arguments):
+    return None
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -186,3 +198,67 @@ def prune_filters_(
     return _module(device, backend).prune_filters_(
         weights, followers, follower_layers, num_pruned, kinds, exponents, chosen
     )
+
+
+def masked_sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    keep: Tensor | None,
+    offsets: Sequence[int],
+    rows: Sequence[int],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first_step: bool,
+    backend: str | None = None,
+) -> None:
+    """One SGD step of all parameters in place; rows whose filter is not kept are neither read nor written.
+
+    Args:
+        params, grads: one gradient per parameter.
+        momentum_buffers: one per parameter, or none when ``momentum`` is 0.
+        keep: bool ``[F]``, or None for no mask.
+        offsets, rows: parameter i is seen as ``[rows[i], -1]`` and its row r belongs to filter ``offsets[i] + r``;
+            a negative offset means that it has no mask.
+        first_step: the momentum buffers have no value yet and start as the gradients.
+    """
+    if params:
+        _optimizer_module(params[0].device, backend).masked_sgd_(
+            params, grads, momentum_buffers, keep, offsets, rows, lr, momentum, dampening, weight_decay, nesterov,
+            maximize, first_step,
+        )  # fmt: skip
+
+
+def masked_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    keep: Tensor | None,
+    offsets: Sequence[int],
+    rows: Sequence[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    step: int,
+    backend: str | None = None,
+) -> None:
+    """One AdamW step of all parameters in place; arguments as for :func:`masked_sgd_`, ``step`` counts from 1."""
+    if params:
+        _optimizer_module(params[0].device, backend).masked_adamw_(
+            params, grads, exp_avgs, exp_avg_sqs, keep, offsets, rows, lr, beta1, beta2, eps, weight_decay, maximize,
+            step,
+        )  # fmt: skip
+
+
+def _optimizer_module(device: torch.device, backend: str | None) -> ModuleType:
+    """Where the optimiser steps are: compiled for the CPU, the reference elsewhere, named or not."""
+    chosen = backends.choose(device, backend)
+    return reference if chosen.name in ("reference", "triton") else torch.ops.mfp

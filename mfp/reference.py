@@ -103,3 +103,70 @@ def prune_filters_(
     mask_filters_(weights, keep, offsets, counts)
     mask_filters_(followers, keep, [offsets[i] for i in follower_layers], [counts[i] for i in follower_layers])
     return scores, keep
+
+
+def _kept_rows(tensor: Tensor, keep: Tensor | None, offset: int, rows: int) -> Tensor:
+    """Which elements of a parameter take part in an optimiser step: bool, broadcastable to the tensor."""
+    if keep is None or offset < 0:
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    kept = keep[offset : offset + rows].repeat_interleave(len(tensor) // rows)
+    return kept.view(-1, *[1] * (tensor.dim() - 1))
+
+
+@torch.no_grad()
+def masked_sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    keep: Tensor | None,
+    offsets: Sequence[int],
+    rows: Sequence[int],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first_step: bool,
+) -> None:
+    """The op ``mfp::masked_sgd_``: torch.optim.SGD's formula, computed in float32 at least, on kept rows."""
+    for i, param in enumerate(params):
+        kept = _kept_rows(param, keep, offsets[i], rows[i])
+        wide = torch.promote_types(param.dtype, torch.float32)
+        value, step = param.to(wide), grads[i].to(wide)
+        step = (-step if maximize else step) + weight_decay * value
+        if momentum:
+            buffer = step if first_step else momentum * momentum_buffers[i].to(wide) + (1 - dampening) * step
+            step = step + momentum * buffer if nesterov else buffer
+            momentum_buffers[i].copy_(torch.where(kept, buffer.to(param.dtype), momentum_buffers[i]))
+        param.copy_(torch.where(kept, (value - lr * step).to(param.dtype), param))
+
+
+@torch.no_grad()
+def masked_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    keep: Tensor | None,
+    offsets: Sequence[int],
+    rows: Sequence[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    step: int,
+) -> None:
+    """The op ``mfp::masked_adamw_``: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2, on kept rows."""
+    for i, param in enumerate(params):
+        kept = _kept_rows(param, keep, offsets[i], rows[i])
+        wide = torch.promote_types(param.dtype, torch.float32)
+        value, gradient = param.to(wide), grads[i].to(wide) * (-1 if maximize else 1)
+        mean = beta1 * exp_avgs[i].to(wide) + (1 - beta1) * gradient
+        square = beta2 * exp_avg_sqs[i].to(wide) + (1 - beta2) * gradient.square()
+        scale = (square / (1 - beta2**step)).sqrt() + eps
+        value = value - lr * weight_decay * value - lr * mean / (1 - beta1**step) / scale
+        for target, new in ((param, value), (exp_avgs[i], mean), (exp_avg_sqs[i], square)):
+            target.copy_(torch.where(kept, new.to(target.dtype), target))

@@ -1,5 +1,4 @@
-// The vector kernels, written once with the compiler's vector types and compiled once per instruction set: the
-// including file defines MFP_LANES (floats in a vector), MFP_ISA (a namespace) and, for x86, MFP_TARGET.
+// The vector kernels of the scores, written once and compiled once per instruction set (vector.h).
 //
 // Filters lie across the vector lanes, so that one subtraction serves the Manhattan and the Euclidean distance of
 // MFP_LANES pairs, and nothing is summed across lanes before the end. Distances come from differences, not from
@@ -12,56 +11,20 @@
 #include <memory>
 
 #include "cpu/tiles.h"
+#include "cpu/vector.h"
 
-#define MFP_JOIN2(a, b) a##b
-#define MFP_JOIN(a, b) MFP_JOIN2(a, b)
-#define MFP_PRAGMA2(text) _Pragma(#text)
-#define MFP_PRAGMA(text) MFP_PRAGMA2(text)
-
-#if !defined(MFP_TARGET) || (defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__))
-
-#ifdef MFP_TARGET
-// After the standard headers: their inline functions must stay portable.
-#pragma GCC push_options
-MFP_PRAGMA(GCC target(MFP_TARGET))
-#endif
+#if MFP_HAVE_ISA
+MFP_BEGIN_ISA
 
 namespace mfp::cpu {
 namespace MFP_ISA {
 
-constexpr int kLanes = MFP_LANES;
 constexpr int kPanel = 2 * kLanes;  // columns that the register tile covers
 constexpr int kVectors = kTileColumns / kLanes;
 // Rows of the register tile. 32 registers hold 2 * 6 * 2 sums, 16 hold 2 * 3 * 2; one sum per pair leaves room for
 // more.
 constexpr int kRowsBoth = kLanes == 16 ? 6 : 3;
 constexpr int kRowsOne = kLanes == 16 ? 8 : 4;
-
-typedef float Vec __attribute__((vector_size(4 * MFP_LANES)));
-typedef int32_t IntVec __attribute__((vector_size(4 * MFP_LANES)));
-typedef float LooseVec __attribute__((vector_size(4 * MFP_LANES), aligned(4), may_alias));
-
-inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
-inline Vec broadcast(float x) { return x - Vec{}; }
-inline Vec absolute(Vec v) { return (Vec)((IntVec)v & 0x7fffffff); }
-inline Vec select(IntVec mask, Vec v) { return (Vec)((IntVec)v & mask); }  // v where the mask is set, else 0
-inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
-inline Vec root(Vec v) {
-  for (int i = 0; i < kLanes; ++i) v[i] = std::sqrt(v[i]);
-  return v;
-}
-inline double sum_of_lanes(Vec v) {
-  double sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
-inline bool any(IntVec mask) {
-  int32_t found = 0;
-  for (int i = 0; i < kLanes; ++i) found |= mask[i];
-  return found != 0;
-}
 
 // x^p for x >= 0, relative error 1e-6 as long as |p log2 x| < 32; below 2^-126 it is 0.
 inline Vec power(Vec x, float p) {
@@ -91,23 +54,6 @@ inline Vec power(Vec x, float p) {
 }
 
 // ---- reading weights ----------------------------------------------------------------------------------------------
-
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-// Branch-free so that it vectorises; the multiplication rebiases the exponent and normalises subnormal numbers.
-inline float half_to_float(uint16_t half) {
-  const uint32_t magnitude = half & 0x7fffu;
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const float finite = from_bits(magnitude << 13) * 0x1p112f;
-  uint32_t bits;
-  std::memcpy(&bits, &finite, sizeof bits);
-  const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;  // infinities and NaN keep the top exponent
-  return from_bits(bits | special | sign);
-}
 
 // `count` weights of a filter from `begin` on: in place for float32, else converted into `buffer`.
 inline const float* read(const Layer& layer, int64_t filter, int64_t begin, int64_t count, float* buffer) {
@@ -472,9 +418,7 @@ Kernels MFP_JOIN(MFP_ISA, _kernels)() { return {MFP_ISA::norms, MFP_ISA::general
 
 }  // namespace mfp::cpu
 
-#ifdef MFP_TARGET
-#pragma GCC pop_options
-#endif
+MFP_END_ISA
 
 #else  // this compiler or processor has no such instruction set; isa.cpp never chooses it
 namespace mfp::cpu {

@@ -2,10 +2,10 @@
 #include "cpu/score.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <numeric>
 
+#include "cpu/spread.h"
 #include "cpu/tiles.h"
 
 namespace mfp::cpu {
@@ -16,15 +16,6 @@ static Kernels kernels_of(Isa isa) {
     case Isa::avx2: return avx2_kernels();
     default: return portable_kernels();
   }
-}
-
-// Runs work(i) for all i < count. Which thread runs which i is left to chance; results must not depend on it.
-template <class Work>
-static void spread(int64_t count, int num_threads, Work work) {
-  std::atomic<int64_t> next{0};
-  const int threads = static_cast<int>(std::min<int64_t>(num_threads, count));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
 }
 
 namespace {

@@ -1,0 +1,201 @@
+// The optimisers' arithmetic, written once and compiled once per instruction set (vector.h).
+//
+// Products and sums are joined (FMA) exactly where torch's own single-tensor steps join them, so that both give the
+// same bits. The compiler joins a * b + c by itself; `apart` keeps it from that.
+#include "cpu/optim.h"
+#include "cpu/vector.h"
+
+#if MFP_HAVE_ISA
+MFP_BEGIN_ISA
+
+namespace mfp::cpu {
+namespace MFP_ISA {
+
+// Hides a product's origin from the compiler, so that it is rounded before it is added to something.
+template <class V>
+inline V apart(V v) {
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
+inline float root(float x) { return std::sqrt(x); }
+
+// V is a vector, or a single float for what is left over.
+template <class V>
+inline void update_sgd(const SgdStep& s, V gradient, V& value, V& momentum) {
+  if (s.maximize) gradient = -gradient;
+  if (s.weight_decay != 0) gradient = gradient + s.weight_decay * value;
+  if (s.momentum != 0) {
+    momentum = s.first_step ? gradient : apart(momentum * s.momentum) + s.dampening_rest * gradient;
+    gradient = s.nesterov ? gradient + s.momentum * momentum : momentum;
+  }
+  value = value - s.lr * gradient;
+}
+
+template <class V>
+inline void update_adamw(const AdamwStep& s, V gradient, V& value, V& mean, V& squares) {
+  if (s.maximize) gradient = -gradient;
+  mean = mean + s.beta1_rest * (gradient - mean);
+  squares = apart(squares * s.beta2) + apart(s.beta2_rest * gradient) * gradient;
+  const V scale = root(squares) / s.correction2_root + s.eps;
+  value = apart(value * s.decay) - apart(s.step_size * mean) / scale;
+}
+
+// ---- reading and writing ------------------------------------------------------------------------------------------
+
+struct Float {
+  typedef float Stored;
+  static Vec load_vector(const float* p) { return load(p); }
+  static void store_vector(float* p, Vec v) { store(p, v); }
+  static float load_one(const float* p) { return *p; }
+  static void store_one(float* p, float x) { *p = x; }
+};
+
+inline BitsVec bits_of(Vec v) { return (BitsVec)v; }
+inline BitsVec load_halves(const uint16_t* p) {
+  return __builtin_convertvector(*reinterpret_cast<const LooseHalfVec*>(p), BitsVec);
+}
+inline void store_halves(uint16_t* p, BitsVec bits) {
+  *reinterpret_cast<LooseHalfVec*>(p) = __builtin_convertvector(bits, HalfVec);
+}
+
+// One element through a vector: parameters in 16 bits are rarely short.
+template <class Format>
+struct Halves {
+  typedef uint16_t Stored;
+  static Vec load_vector(const uint16_t* p) { return Format::widen(load_halves(p)); }
+  static void store_vector(uint16_t* p, Vec v) { store_halves(p, Format::narrow(v)); }
+  static float load_one(const uint16_t* p) { return Format::widen(BitsVec{*p})[0]; }
+  static void store_one(uint16_t* p, float x) { *p = static_cast<uint16_t>(Format::narrow(Vec{x})[0]); }
+};
+
+// Narrowing rounds to nearest, ties to even.
+struct Bfloat16 {
+  static Vec widen(BitsVec bits) { return (Vec)(bits << 16); }
+  static BitsVec narrow(Vec v) {
+    const BitsVec bits = bits_of(v);
+    const BitsVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return v == v ? rounded : (bits >> 16) | 0x40;
+  }
+};
+
+struct Float16 {
+  static Vec widen(BitsVec half) {
+    const BitsVec magnitude = half & 0x7fff;
+    const Vec finite = (Vec)(magnitude << 13) * 0x1p112f;
+    const BitsVec special = magnitude >= 0x7c00 ? BitsVec{} + 0x7f800000u : BitsVec{};
+    return (Vec)(bits_of(finite) | special | (half & 0x8000) << 16);
+  }
+  static BitsVec narrow(Vec v) {
+    const BitsVec bits = bits_of(v), magnitude = bits & 0x7fffffff;
+    // Below 2^-14 the sum with 0.5 has the subnormal result as its low bits, rounded by the addition.
+    const BitsVec subnormal = bits_of((Vec)magnitude + 0.5f) - 0x3f000000u;
+    const BitsVec normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    BitsVec half = magnitude < 0x38800000u ? subnormal : normal;
+    half = magnitude >= 0x477ff000u ? BitsVec{} + 0x7c00u : half;  // 65520 and more round to infinity
+    half = magnitude > 0x7f800000u ? BitsVec{} + 0x7e00u : half;
+    return half | ((bits >> 16) & 0x8000);
+  }
+};
+
+// ---- rows ---------------------------------------------------------------------------------------------------------
+
+// Calls visit(first element, one past the last) for each run of kept rows in [begin, end).
+template <class Visit>
+inline void each_kept_run(const Parameter& p, int64_t begin, int64_t end, Visit visit) {
+  if (p.keep == nullptr) return visit(begin * p.row_size, end * p.row_size);
+  for (int64_t row = begin; row < end;) {
+    if (!p.keep[row++]) continue;
+    const int64_t run = row - 1;
+    while (row < end && p.keep[row]) ++row;
+    visit(run * p.row_size, row * p.row_size);
+  }
+}
+
+template <class Format>
+void sgd_rows(const Parameter& p, const SgdStep& step, int64_t begin, int64_t end) {
+  typedef typename Format::Stored Stored;
+  const SgdStep s = step;
+  Stored* values = static_cast<Stored*>(p.values);
+  Stored* momenta = static_cast<Stored*>(p.first);
+  const Stored* gradients = static_cast<const Stored*>(p.gradient);
+  const bool reads_momentum = s.momentum != 0 && !s.first_step;
+  each_kept_run(p, begin, end, [&](int64_t k, int64_t stop) {
+    for (; k + kLanes <= stop; k += kLanes) {
+      Vec value = Format::load_vector(values + k), momentum{};
+      if (reads_momentum) momentum = Format::load_vector(momenta + k);
+      update_sgd(s, Format::load_vector(gradients + k), value, momentum);
+      Format::store_vector(values + k, value);
+      if (s.momentum != 0) Format::store_vector(momenta + k, momentum);
+    }
+    for (; k < stop; ++k) {
+      float value = Format::load_one(values + k), momentum = 0;
+      if (reads_momentum) momentum = Format::load_one(momenta + k);
+      update_sgd(s, Format::load_one(gradients + k), value, momentum);
+      Format::store_one(values + k, value);
+      if (s.momentum != 0) Format::store_one(momenta + k, momentum);
+    }
+  });
+}
+
+template <class Format>
+void adamw_rows(const Parameter& p, const AdamwStep& step, int64_t begin, int64_t end) {
+  typedef typename Format::Stored Stored;
+  const AdamwStep s = step;
+  Stored* values = static_cast<Stored*>(p.values);
+  Stored* means = static_cast<Stored*>(p.first);
+  Stored* squares = static_cast<Stored*>(p.second);
+  const Stored* gradients = static_cast<const Stored*>(p.gradient);
+  each_kept_run(p, begin, end, [&](int64_t k, int64_t stop) {
+    for (; k + kLanes <= stop; k += kLanes) {
+      Vec value = Format::load_vector(values + k), mean = Format::load_vector(means + k);
+      Vec square = Format::load_vector(squares + k);
+      update_adamw(s, Format::load_vector(gradients + k), value, mean, square);
+      Format::store_vector(values + k, value);
+      Format::store_vector(means + k, mean);
+      Format::store_vector(squares + k, square);
+    }
+    for (; k < stop; ++k) {
+      float value = Format::load_one(values + k), mean = Format::load_one(means + k);
+      float square = Format::load_one(squares + k);
+      update_adamw(s, Format::load_one(gradients + k), value, mean, square);
+      Format::store_one(values + k, value);
+      Format::store_one(means + k, mean);
+      Format::store_one(squares + k, square);
+    }
+  });
+}
+
+void sgd(const Parameter& p, const SgdStep& step, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case DType::float32: return sgd_rows<Float>(p, step, begin, end);
+    case DType::bfloat16: return sgd_rows<Halves<Bfloat16>>(p, step, begin, end);
+    case DType::float16: return sgd_rows<Halves<Float16>>(p, step, begin, end);
+  }
+}
+
+void adamw(const Parameter& p, const AdamwStep& step, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case DType::float32: return adamw_rows<Float>(p, step, begin, end);
+    case DType::bfloat16: return adamw_rows<Halves<Bfloat16>>(p, step, begin, end);
+    case DType::float16: return adamw_rows<Halves<Float16>>(p, step, begin, end);
+  }
+}
+
+}  // namespace MFP_ISA
+
+OptimKernels MFP_JOIN(MFP_ISA, _optim_kernels)() { return {MFP_ISA::sgd, MFP_ISA::adamw}; }
+
+}  // namespace mfp::cpu
+
+MFP_END_ISA
+
+#else  // this compiler or processor has no such instruction set; isa.cpp never chooses it
+namespace mfp::cpu {
+OptimKernels MFP_JOIN(MFP_ISA, _optim_kernels)() { return portable_optim_kernels(); }
+}  // namespace mfp::cpu
+#endif
