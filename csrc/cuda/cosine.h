@@ -50,28 +50,15 @@ struct Cosines {
   }
 };
 
-// The pair from the directions themselves, in double, by one thread: |u - v|^2 / 2 and |u + v|^2 / 2 of unit vectors.
-__device__ inline void set_exact(const ScoredLayer& layer, const Tile& tile, int i, int j, Direction a, Direction b,
-                                 Cosines& cosines) {
-  const int64_t row = (int64_t{tile.i} * kTile + Tile::row(i)) * layer.filter_size;
-  const int64_t column = (int64_t{tile.j} * kTile + Tile::column(j)) * layer.filter_size;
-  const double inverse_a = 1.0 / (static_cast<double>(a.high) + static_cast<double>(a.low));
-  const double inverse_b = 1.0 / (static_cast<double>(b.high) + static_cast<double>(b.low));
-  double less = 0, more = 0;
-  for (int64_t k = 0; k < layer.filter_size; ++k) {
-    const double u = static_cast<double>(load_as_float(layer.weights, layer.dtype, row + k)) * inverse_a;
-    const double v = static_cast<double>(load_as_float(layer.weights, layer.dtype, column + k)) * inverse_b;
-    less += (u - v) * (u - v);
-    more += (u + v) * (u + v);
-  }
-  cosines.share.at[i][j] = static_cast<float>((less < more ? less : more) / 2);
-  cosines.set_obtuse(i, j, more < less);
-}
+// Pairs that have to be computed again, one bit a pair: from their products, or from their directions.
+struct Lost {
+  uint32_t products = 0, directions = 0;
+};
 
-// The pairs marked in `cancelled`, rows kFirst to kFirst + kCount of the thread, from their products.
+// Pairs of the thread's rows kFirst to kFirst + kCount from their products; where these cancel, lost.directions says so.
 template <int kFirst, int kCount>
-__device__ inline void set_from_products(const ScoredLayer& layer, const Tile& tile, BlockMemory& memory,
-                                         uint32_t cancelled, bool hybrid, Cosines& cosines) {
+__device__ inline void set_from_products(const ScoredLayer& layer, const Tile& tile, BlockMemory& memory, bool hybrid,
+                                         Lost& lost, Cosines& cosines) {
   SumsOf<kCount> dot, part;
   dot.clear();
   part.clear();
@@ -87,24 +74,57 @@ __device__ inline void set_from_products(const ScoredLayer& layer, const Tile& t
     const Direction a = direction(memory, Tile::row(i));
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      if ((cancelled >> (i * kColumns + j) & 1u) == 0) continue;
+      const uint32_t bit = 1u << (i * kColumns + j);
+      if ((lost.products & bit) == 0) continue;
       const Direction b = direction(memory, kTile + Tile::column(j));
       const float distance = 1.0f - dot.at[i - kFirst][j] * a.inverse * b.inverse;
       cosines.set(i, j, distance);
-      if (distance < kCancelled || (hybrid && distance > 2.0f - kCancelled)) {
-        set_exact(layer, tile, i, j, a, b, cosines);
+      if (distance < kCancelled || (hybrid && distance > 2.0f - kCancelled)) lost.directions |= bit;
+    }
+  }
+}
+
+// Pairs from their directions, in double, each by the thread it belongs to: |u - v|^2 / 2 and |u + v|^2 / 2 of unit
+// vectors. Rare, and slow.
+__device__ inline void set_from_directions(const ScoredLayer& layer, const Tile& tile, const BlockMemory& memory,
+                                           uint32_t pairs, Cosines& cosines) {
+#pragma unroll 1
+  for (; pairs != 0; pairs &= pairs - 1) {
+    const int index = __ffs(static_cast<int>(pairs)) - 1, row = Tile::row(index / kColumns);
+    const int column = Tile::column(index % kColumns);
+    const Direction a = direction(memory, row), b = direction(memory, kTile + column);
+    const int64_t a_begin = (int64_t{tile.i} * kTile + row) * layer.filter_size;
+    const int64_t b_begin = (int64_t{tile.j} * kTile + column) * layer.filter_size;
+    const double inverse_a = 1.0 / (static_cast<double>(a.high) + static_cast<double>(a.low));
+    const double inverse_b = 1.0 / (static_cast<double>(b.high) + static_cast<double>(b.low));
+    double less = 0, more = 0;
+    for (int64_t k = 0; k < layer.filter_size; ++k) {
+      const double u = static_cast<double>(load_as_float(layer.weights, layer.dtype, a_begin + k)) * inverse_a;
+      const double v = static_cast<double>(load_as_float(layer.weights, layer.dtype, b_begin + k)) * inverse_b;
+      less += (u - v) * (u - v);
+      more += (u + v) * (u + v);
+    }
+    const bool beyond = more < less;
+    const float share = static_cast<float>((beyond ? more : less) / 2);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {  // registers cannot be indexed: look at all
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        if (i * kColumns + j != index) continue;
+        cosines.share.at[i][j] = share;
+        cosines.set_obtuse(i, j, beyond);
       }
     }
   }
 }
 
-// The cosines of this thread's pairs, given their squared distances.
+// The cosines of this thread's pairs, given their squared distances; `unusable` if these are not to be relied on.
 __device__ inline void find_cosines(const ScoreArguments& arguments, const ScoredLayer& layer, const Tile& tile,
-                                    BlockMemory& memory, const Sums& square, Cosines& cosines) {
+                                    BlockMemory& memory, const Sums& square, bool unusable, Cosines& cosines) {
   wait_for(arguments.norm_arrivals(layer), layer.norm_items);
   load_norms(arguments, layer, tile, memory);
   const bool hybrid = arguments.hybrid >= 0;
-  uint32_t cancelled = 0;  // one bit a pair
+  Lost lost;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     const Direction a = direction(memory, Tile::row(i));
@@ -116,14 +136,19 @@ __device__ inline void find_cosines(const ScoreArguments& arguments, const Score
       float distance = 0.5f * rest * a.inverse * b.inverse;
       const bool zero = a.high == 0.0f || b.high == 0.0f;
       if (zero) distance = a.high == b.high ? 0.0f : 1.0f;  // no direction: cosine 0; two of them are duplicates
-      const bool lost = rest < kCancelled * square.at[i][j] || (hybrid && distance > 2.0f - kCancelled);
-      if (lost && !zero && tile.counts(Tile::row(i), Tile::column(j))) cancelled |= 1u << (i * kColumns + j);
+      const bool bad = unusable || !(square.at[i][j] >= kSmallestSquare && square.at[i][j] <= kLargestSquare);
+      const bool again = bad || rest < kCancelled * square.at[i][j] || (hybrid && distance > 2.0f - kCancelled);
+      if (again && !zero && tile.counts(Tile::row(i), Tile::column(j))) {
+        (bad ? lost.directions : lost.products) |= 1u << (i * kColumns + j);
+      }
       cosines.set(i, j, distance);
     }
   }
-  if (!__syncthreads_or(cancelled != 0)) return;
-  set_from_products<0, kRows / 2>(layer, tile, memory, cancelled, hybrid, cosines);
-  set_from_products<kRows / 2, kRows / 2>(layer, tile, memory, cancelled, hybrid, cosines);
+  if (__syncthreads_or(lost.products != 0)) {
+    set_from_products<0, kRows / 2>(layer, tile, memory, hybrid, lost, cosines);
+    set_from_products<kRows / 2, kRows / 2>(layer, tile, memory, hybrid, lost, cosines);
+  }
+  set_from_directions(layer, tile, memory, lost.directions, cosines);
 }
 
 }  // namespace mfp::cuda

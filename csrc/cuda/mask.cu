@@ -6,9 +6,9 @@
 namespace mfp::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kMaskThreads = 256;
 
-__global__ void __launch_bounds__(kThreads) mask_kernel(const MaskedRows* tensors, int32_t count, const bool* keep) {
+__global__ void __launch_bounds__(kMaskThreads) mask_kernel(const MaskedRows* tensors, int32_t count, const bool* keep) {
   const int64_t item = blockIdx.x;
   const MaskedRows tensor = tensors[find_entry(tensors, count, item)];
   const int64_t step = rows_per_item(tensor.row_bytes);
@@ -31,7 +31,7 @@ int64_t plan_mask(std::vector<MaskedRows>& tensors) {
 
 cudaError_t launch_mask(const MaskedRows* tensors, int32_t count, int64_t items, const bool* keep, cudaStream_t stream) {
   if (items == 0) return cudaSuccess;
-  MFP_LAUNCH(mask_kernel, static_cast<unsigned>(items), kThreads, 0, stream, tensors, count, keep);
+  MFP_LAUNCH(mask_kernel, static_cast<unsigned>(items), kMaskThreads, 0, stream, tensors, count, keep);
   return cudaGetLastError();
 }
 

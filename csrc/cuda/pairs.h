@@ -20,6 +20,9 @@ constexpr int kStagesPerBlock = 2;           // a float sum runs over at most 64
 // Below this share of its terms, a difference has lost too many digits: the pair is computed again in another way.
 constexpr float kCancelled = 1.0f / 32;
 
+// Squared distances in this range have kept their digits in float32.
+constexpr float kSmallestSquare = 1e-30f, kLargestSquare = 1e30f;
+
 struct BlockMemory {
   float stages[2][kStage];
   float high[2 * kTile], low[2 * kTile], inverse[2 * kTile];  // norms of the tile's rows, then columns

@@ -21,14 +21,16 @@ __device__ void score_pairs(const ScoreArguments& arguments, const ScoredLayer& 
   };
   if (kL1) store(arguments.l1, [&](int i, int j) { return make_float2(l1.at[i][j], l1.at[i][j]); });
   if (!kL2) return;
+  const bool scaled = out_of_range(tile, l2);
+  if (scaled) scaled_distances(layer, tile, memory, Square{}, l2);
   store(arguments.l2, [&](int i, int j) {
-    const float distance = sqrtf(l2.at[i][j]);
+    const float distance = scaled ? l2.at[i][j] : sqrtf(l2.at[i][j]);
     return make_float2(distance, distance);
   });
   if (!kCosine) return;
   if (arguments.cosine < 0 && arguments.hybrid < 0) return;
   Cosines cosines;
-  find_cosines(arguments, layer, tile, memory, l2, cosines);
+  find_cosines(arguments, layer, tile, memory, l2, scaled, cosines);
   store(arguments.cosine, [&](int i, int j) { return make_float2(cosines.distance(i, j), cosines.distance(i, j)); });
   store(arguments.hybrid, [&](int i, int j) {
     const float share = cosines.share.at[i][j];
@@ -41,7 +43,7 @@ __device__ void score_powers(const ScoreArguments& arguments, const ScoredLayer&
   const Tile tile(layer, item);
   const Request request = arguments.requests[index];
   Sums distance;
-  sum_powers(layer, tile, memory, request.exponent, distance);
+  scaled_distances(layer, tile, memory, Power{request.exponent}, distance);
   store_sums(tile, memory, arguments.partial + request.channel * arguments.slots + layer.slots, layer.tiles,
              [&](int i, int j) { return make_float2(distance.at[i][j], distance.at[i][j]); });
 }
