@@ -114,6 +114,7 @@ def _module(device: torch.device, backend: str | None) -> ModuleType:
     return torch.ops.mfp
 
 
+@torch.no_grad()
 def score_filters(
     weights: Sequence[Tensor], kinds: Sequence[int], exponents: Sequence[float], backend: str | None = None
 ) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -101,9 +101,10 @@ class FilterPlan:
 
         Args:
             rate: share of filters pruned per layer, in [0, 1).
-            skip: patterns of layers to leave out. A pattern matches a layer when it is its dotted name, one part of
-                that name (``"downsample"``), or a glob for the whole name (``"layer4.*"``).
-            layer_rates: rates for single layers, by the same patterns; stronger than ``rate`` and ``skip``.
+            skip: patterns of layers to leave out: a layer's dotted name (``"conv1"`` is then that layer alone), else a
+                part of names (``"downsample"``) or a glob for whole names (``"layer4.*"``).
+            layer_rates: rates for single layers, by the same patterns, a full name before a pattern, a later pattern
+                before an earlier one; stronger than ``rate`` and ``skip``.
             channel_multiple: round the kept filters of a layer up to a multiple, never beyond the layer.
 
         Raises:
@@ -114,7 +115,8 @@ class FilterPlan:
         layer_rates = dict(layer_rates or {})
         _check_arguments(rate, skip, layer_rates, channel_multiple)
         convs = {n: m for n, m in model.named_modules() if isinstance(m, graph.CONVS)}
-        _check_patterns(skip, layer_rates, convs)
+        skipped = set().union(*_match_all("skip", skip, convs).values())
+        rates = _resolve_rates(layer_rates, convs)
         followers = graph.find_followers(model) if convs else {}
         following = {name for names in followers.values() for name in names}
         outputs = graph.find_output_convs(model) if convs else set()
@@ -123,12 +125,11 @@ class FilterPlan:
         seen: set[int] = set()
         offset = 0
         for name, conv in convs.items():
-            own = [value for pattern, value in layer_rates.items() if matches(pattern, name)]
-            left_out = name in outputs or any(matches(pattern, name) for pattern in skip)
-            if name in following or (left_out and not own) or id(conv.weight) in seen:
+            left_out = name in outputs or name in skipped
+            if name in following or (left_out and name not in rates) or id(conv.weight) in seen:
                 continue
             seen.add(id(conv.weight))
-            share = own[-1] if own else rate
+            share = rates.get(name, rate)
             layers.append(_planned(model, name, conv, float(share), offset, channel_multiple, followers.get(name, ())))
             offset += len(conv.weight)
         if not layers:
@@ -218,9 +219,11 @@ def count_pruned(num_filters: int, rate: float, channel_multiple: int = 1) -> in
     return num_filters - min(num_filters, math.ceil(kept / channel_multiple) * channel_multiple)
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern names a layer: its dotted name, a part of it, or a glob for all of it."""
-    return pattern == name or pattern in name.split(".") or fnmatchcase(name, pattern)
+def matching(pattern: str, names: Collection[str]) -> set[str]:
+    """The layers that a pattern names: the one with that dotted name, else by a part of the name or a glob."""
+    if pattern in names:
+        return {pattern}
+    return {name for name in names if pattern in name.split(".") or fnmatchcase(name, pattern)}
 
 
 def check_rate(what: str, rate: float) -> None:
@@ -239,12 +242,19 @@ def _check_arguments(rate: float, skip: Sequence[str], layer_rates: Mapping[str,
         raise MfpError(f"channel_multiple must be a whole number of at least 1, got {multiple!r}")
 
 
-def _check_patterns(skip: Sequence[str], layer_rates: Mapping[str, float], convs: Mapping[str, nn.Module]) -> None:
-    for argument, patterns in (("skip", skip), ("layer_rates", layer_rates)):
-        for pattern in patterns:
-            unmatched = not any(matches(pattern, name) for name in convs)
-            if convs and unmatched and pattern not in DEFAULT_SKIP:
-                raise MfpError(f"{argument}: {pattern!r} matches no conv layer; the layers are {', '.join(convs)}")
+def _match_all(argument: str, patterns: Iterable[str], convs: Collection[str]) -> dict[str, set[str]]:
+    """{pattern: layers}; a pattern that names none is a typing error of the user's, but for the default."""
+    found = {pattern: matching(pattern, convs) for pattern in patterns}
+    for pattern, layers in found.items():
+        if convs and not layers and pattern not in DEFAULT_SKIP:
+            raise MfpError(f"{argument}: {pattern!r} matches no conv layer; the layers are {', '.join(convs)}")
+    return found
+
+
+def _resolve_rates(layer_rates: Mapping[str, float], convs: Collection[str]) -> dict[str, float]:
+    patterns = _match_all("layer_rates", layer_rates, convs)
+    by_pattern = {name: layer_rates[pattern] for pattern, names in patterns.items() for name in names}
+    return by_pattern | {name: rate for name, rate in layer_rates.items() if name in convs}
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

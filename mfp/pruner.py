@@ -19,6 +19,7 @@ from mfp.neighbours import trying
 from mfp.plan import DEFAULT_SKIP, FilterPlan, unwrap
 from mfp.scores import FilterScores, check_criteria, score_filters
 from mfp.selection import prune_filters_, select_filters
+from mfp.sleep import Sleepers
 
 STATE_VERSION = 1
 
@@ -86,7 +87,8 @@ class FilterPruner:
             ``asymptotic`` or ``cubic`` (soft, with a growing rate).
         interval: prune every so many epochs, and after the last.
         epochs: how many there will be; needed by growing rates, and to prune after the last.
-        mask_bn: zero biases and BatchNorm entries with the filters.
+        mask_bn: zero biases and BatchNorm entries with the filters. Where pruned filters learn on, the values come back
+            with the next forward pass in training mode, since no gradient would reach a filter behind a zeroed one.
         channel_multiple: round the kept filters per layer up to a multiple of this.
         skip, layer_rates: see :meth:`mfp.FilterPlan.from_model`.
         per_layer: choose the criterion for each layer; only for attributes without data.
@@ -135,6 +137,7 @@ class FilterPruner:
         )
         self.mask: FilterMask | None = None
         self.decisions: list[Decision] = []
+        self._sleepers = Sleepers(self.plan)
 
     @property
     def attribute_name(self) -> str:
@@ -157,6 +160,8 @@ class FilterPruner:
             return None
         if not schedule.prune_now(epoch, self.interval, self.epochs):
             return None
+        self._sleepers.wake()  # does something only when no training came between two calls
+        values = self._sleepers.copy()
         factor = schedule.rate_factor(self.mode, epoch, self.epochs)
         plan = self.plan if factor == 1.0 else self.plan.scaled(factor)
         if len(self.criteria) == 1:
@@ -165,6 +170,8 @@ class FilterPruner:
         else:
             choice = self._choose(plan)
             choice.mask.apply_(self.mask_bn)
+        if self.mask_bn and self.mode != "hard":
+            self._sleepers.lay_down(values, choice.mask)
         if self.recalibrate:
             recalibrate_batchnorm(self.model, self.calibration)
         decision = Decision(
@@ -235,11 +242,16 @@ class FilterPruner:
         return self._attribute_of(model)
 
     def state_dict(self) -> dict:
-        """What a resumed run needs: plain values for JSON, and under ``"keep"`` the current mask (bool ``[F]``)."""
+        """What a resumed run needs: plain values for JSON, and tensors.
+
+        The tensors are the current mask ``"keep"`` (bool ``[F]``) and, in ``"asleep"``, the values that pruned filters
+        get back when training goes on.
+        """
         state = {
             "version": STATE_VERSION,
             "layers": self._layers(),
             "decisions": [decision.to_dict() for decision in self.decisions],
+            "asleep": dict(self._sleepers.values),
         }
         if self.mask is not None:
             state["keep"] = self.mask.keep.cpu()
@@ -260,6 +272,8 @@ class FilterPruner:
             )
         decisions = [Decision(**values) for values in state["decisions"]]
         mask = FilterMask(self.plan, state["keep"].to(self.plan.weights()[0].device)) if "keep" in state else None
+        self._sleepers.check(state["asleep"])
+        self._sleepers.lay_down(state["asleep"], mask)
         self.mask, self.decisions = mask, decisions
 
     def _layers(self) -> list[list]:

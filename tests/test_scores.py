@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 
-import mfp
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mfp import criteria, ops, reference
 from torch import nn
+
+import mfp
+from mfp import criteria, ops, reference
 
 NAMED = tuple(criteria.NAMED)
 GENERAL = ("l1.5_norm", "l3_norm", "l1.5_distance", "l3_distance")

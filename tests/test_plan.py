@@ -1,0 +1,179 @@
+"""The plan: which layers, how many filters, where they lie, who follows them; and every refusal."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import mfp
+from mfp.plan import count_pruned, matching, unwrap
+
+
+def network(**kwargs):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 10, 3, padding=1)
+            self.bn = nn.BatchNorm2d(10)
+            self.depthwise = nn.Conv2d(10, 20, 3, groups=10, bias=False)
+            self.bn2 = nn.BatchNorm2d(20)
+            self.last = nn.Conv2d(20, 7, 1, bias=False)
+            self.head = nn.Linear(7, 3)
+
+        def forward(self, x):
+            x = self.bn2(self.depthwise(torch.relu(self.bn(self.stem(x)))))
+            return self.head(self.last(x).mean((2, 3)))
+
+    return Net()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.29, 0.3, 0.4, 0.5, 0.999])
+def test_exactly_int_n_rate_filters_of_each_layer(rate):
+    plan = mfp.FilterPlan.from_model(torchvision.models.resnet18(), rate=rate)
+    assert [layer.num_pruned for layer in plan.layers] == [int(layer.num_filters * rate) for layer in plan.layers]
+    assert all(layer.num_pruned < layer.num_filters for layer in plan.layers)
+
+
+def test_layers_lie_one_after_the_other():
+    plan = mfp.FilterPlan.from_model(torchvision.models.resnet50(), skip=())
+    assert len(plan.layers) == 53 and plan.num_filters == 26560
+    assert sum(layer.num_filters * layer.filter_size for layer in plan.layers) == 23_454_912
+    end = 0
+    for layer, weight in zip(plan.layers, plan.weights(), strict=True):
+        assert layer.slice == slice(end, end + layer.num_filters)
+        assert weight.shape[0] == layer.num_filters and weight.numel() == layer.num_filters * layer.filter_size
+        end = layer.slice.stop
+    assert end == plan.num_filters
+
+
+def test_shortcuts_and_output_convs_are_left_out_and_can_be_asked_for():
+    plan = mfp.FilterPlan.from_model(torchvision.models.resnet50(), layer_rates={"layer1.0.downsample.0": 0.25})
+    names = [layer.name for layer in plan.layers]
+    assert "layer1.0.downsample.0" in names and "layer2.0.downsample.0" not in names
+    assert plan["layer1.0.downsample.0"].num_pruned == 64
+    squeezenet = torchvision.models.squeezenet1_1()
+    assert "classifier.1" not in [layer.name for layer in mfp.FilterPlan.from_model(squeezenet).layers]
+    assert mfp.FilterPlan.from_model(squeezenet, layer_rates={"classifier.1": 0.5})["classifier.1"].num_pruned == 500
+
+
+def test_rates_of_single_layers():
+    model = torchvision.models.resnet18()
+    plan = mfp.FilterPlan.from_model(model, 0.4, layer_rates={"layer1.0.conv1": 0.0, "layer1.*": 0.5, "conv1": 0.25})
+    assert plan["conv1"].num_pruned == 16
+    assert plan["layer1.0.conv1"].num_pruned == 0
+    assert plan["layer1.1.conv2"].num_pruned == 32
+    assert plan["layer2.0.conv1"].num_pruned == 51
+
+
+def test_skip_takes_names_parts_and_globs():
+    model = torchvision.models.resnet18()
+    plan = mfp.FilterPlan.from_model(model, skip=("downsample", "conv1", "conv2", "layer4.*"))
+    names = {layer.name for layer in plan.layers}
+    assert names == {f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in (0, 1)}
+    convs = ["conv1", "layer1.conv1", "layer1.conv2"]
+    assert matching("conv1", convs) == {"conv1"}  # a full name is that layer alone
+    assert matching("conv2", convs) == {"layer1.conv2"}
+    assert matching("conv", convs) == set()
+    assert matching("*conv?", convs) == set(convs)
+
+
+@pytest.mark.parametrize(("multiple", "kept"), [(1, 39), (8, 40), (16, 48), (64, 64), (128, 64)])
+def test_channel_multiple_rounds_the_kept_filters_up(multiple, kept):
+    assert 64 - count_pruned(64, 0.4, multiple) == kept
+    plan = mfp.FilterPlan.from_model(torchvision.models.resnet18(), 0.4, channel_multiple=multiple)
+    assert plan["conv1"].num_filters - plan["conv1"].num_pruned == kept
+
+
+def test_followers_are_biases_batchnorms_and_depthwise_convs():
+    plan = mfp.FilterPlan.from_model(network())
+    assert [layer.name for layer in plan.layers] == ["stem", "last"]
+    followers = {(f.module, f.parameter) for f in plan["stem"].followers}
+    assert followers == {
+        ("stem", "bias"), ("bn", "weight"), ("bn", "bias"), ("depthwise", "weight"), ("bn2", "weight"), ("bn2", "bias"),
+    }  # fmt: skip
+    assert [(index, p.shape) for index, p in plan.followers(mask_bn=False)] == [(0, (20, 1, 3, 3))]
+
+
+def test_shared_weights_are_planned_once():
+    conv = nn.Conv2d(4, 4, 3)
+    model = nn.Sequential(conv, nn.ReLU(), conv, nn.Flatten(), nn.Linear(4, 2))
+    assert [layer.name for layer in mfp.FilterPlan.from_model(model).layers] == ["0"]
+
+
+def test_all_kinds_of_convs_and_dtypes():
+    for conv, dtype in ((nn.Conv1d, torch.float16), (nn.Conv2d, torch.bfloat16), (nn.Conv3d, torch.float32)):
+        model = nn.Sequential(conv(2, 10, 3), nn.ReLU(), conv(10, 5, 1)).to(dtype)
+        plan = mfp.FilterPlan.from_model(model)
+        mask = mfp.prune_filters_(plan, "l2_distance")
+        assert mask.kept == {"0": 6}
+        assert int((model[0].weight.flatten(1) == 0).all(1).sum()) == 4
+
+
+def test_wrappers_are_looked_through():
+    model = torchvision.models.resnet18()
+    assert unwrap(nn.DataParallel(model)) is model
+    assert unwrap(torch.compile(model)) is model
+    assert mfp.FilterPlan.from_model(nn.DataParallel(model)).layers[0].name == "conv1"
+
+
+def test_a_plan_finds_replaced_and_moved_weights():
+    model = network()
+    plan = mfp.FilterPlan.from_model(model)
+    model.stem.weight = nn.Parameter(torch.ones_like(model.stem.weight))
+    assert plan.weights()[0] is model.stem.weight
+    model.stem = nn.Conv2d(3, 10, 3)
+    assert plan.weights()[0] is model.stem.weight
+    assert mfp.score_filters(plan, ("l1_norm",))["l1_norm"].shape == (17,)
+
+
+def test_a_plan_notices_a_changed_shape():
+    model = network()
+    plan = mfp.FilterPlan.from_model(model)
+    model.stem = nn.Conv2d(3, 11, 3)
+    with pytest.raises(mfp.MfpError, match=r"layer 'stem' had 10 filters of 27 .* make a new plan"):
+        plan.weights()
+    del model.stem
+    with pytest.raises(mfp.MfpError, match="no module 'stem' any more"):
+        plan.weights()
+
+
+def test_scaled_rates():
+    plan = mfp.FilterPlan.from_model(torchvision.models.resnet18(), 0.4)
+    assert [layer.num_pruned for layer in plan.scaled(0.5).layers] == [
+        int(layer.num_filters * 0.2) for layer in plan.layers
+    ]
+    assert plan.scaled(1.0).layers == plan.layers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rate": 1.0}, r"rate must be in \[0, 1\).*at least one filter"),
+        ({"rate": -0.1}, r"rate must be in \[0, 1\)"),
+        ({"rate": float("nan")}, r"rate must be in \[0, 1\)"),
+        ({"rate": "0.4"}, r"rate must be in \[0, 1\).*'0.4'"),
+        ({"layer_rates": {"stem": 1.5}}, r"layer_rates\['stem'\] must be in \[0, 1\)"),
+        ({"layer_rates": {"stam": 0.5}}, r"'stam' matches no conv layer; the layers are stem, depthwise, last"),
+        ({"skip": ("nothing",)}, r"'nothing' matches no conv layer"),
+        ({"skip": "stem"}, r"skip must be a sequence of patterns"),
+        ({"skip": ("*",)}, r"no conv layer to prune: 3 in all"),
+        ({"channel_multiple": 0}, r"channel_multiple must be a whole number of at least 1"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(mfp.MfpError, match=message):
+        mfp.FilterPlan.from_model(network(), **arguments)
+
+
+def test_a_model_without_convs_and_an_unknown_layer():
+    with pytest.raises(mfp.MfpError, match="no conv layer to prune: 0 in all"):
+        mfp.FilterPlan.from_model(nn.Linear(3, 3))
+    with pytest.raises(mfp.MfpError, match="layer 'x' is not in the plan; its layers are stem, last"):
+        mfp.FilterPlan.from_model(network())["x"]
+
+
+def test_a_weight_not_laid_out_filter_by_filter_is_refused():
+    model = network()
+    model.last.weight = nn.Parameter(torch.randn(20, 7, 1, 1).transpose(0, 1))
+    with pytest.raises(mfp.MfpError, match=r"layer 'last'.*one dense block"):
+        mfp.FilterPlan.from_model(model)
