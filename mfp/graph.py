@@ -256,3 +256,31 @@ def find_output_convs(model: nn.Module) -> set[str]:
         seen.add(node)
         waiting.extend(node.all_input_nodes)
     return found
+
+
+def find_pointwise_linears(model: nn.Module) -> set[str]:
+    """Names of the Linear layers that are 1x1 convs in another notation: they read an image moved to channels-last.
+
+    >>> sorted(find_pointwise_linears(torchvision.models.convnext_tiny()))[:2]
+    ['features.1.0.block.3', 'features.1.0.block.5']
+
+    Their input comes from permute(0, 2, 3, 1), with nothing but norms, activations and other Linear layers between.
+    A model that cannot be traced gives the empty set.
+    """
+    try:
+        traced = trace(model)
+    except MfpError:
+        return set()
+    modules = dict(traced.named_modules())
+    names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+    between = (nn.Linear, nn.LayerNorm, *ZERO_KEEPING_MODULES)
+    pointwise: set[fx.Node] = set()
+    for node in traced.graph.nodes:
+        module = modules.get(node.target) if node.op == "call_module" else None
+        dims = node.args[1:] if len(node.args) != 2 else node.args[1]
+        moved = node.target in (torch.permute, "permute") and tuple(dims) == (0, 2, 3, 1)
+        passed = isinstance(module, between) or node.target in ZERO_KEEPING_FUNCTIONS
+        if moved or (passed and node.args and node.args[0] in pointwise):
+            pointwise.add(node)
+    found = {modules[node.target] for node in pointwise if node.op == "call_module"}
+    return {names[id(module)] for module in found if isinstance(module, nn.Linear)}

@@ -90,7 +90,7 @@ class FilterPlan:
         layer_rates: Mapping[str, float] | None = None,
         channel_multiple: int = 1,
     ) -> FilterPlan:
-        """Plan all Conv1d/2d/3d layers of a model.
+        """Plan all Conv1d/2d/3d layers of a model, and the 1x1 convs that it writes as Linear layers (ConvNeXt).
 
         >>> plan = mfp.FilterPlan.from_model(torchvision.models.resnet50(), rate=0.4, layer_rates={"conv1": 0.0})
         >>> plan["layer1.0.conv1"].num_pruned     # int(64 * 0.4)
@@ -114,7 +114,8 @@ class FilterPlan:
         model = unwrap(model)
         layer_rates = dict(layer_rates or {})
         _check_arguments(rate, skip, layer_rates, channel_multiple)
-        convs = {n: m for n, m in model.named_modules() if isinstance(m, graph.CONVS)}
+        pointwise = graph.find_pointwise_linears(model)
+        convs = {n: m for n, m in model.named_modules() if isinstance(m, graph.CONVS) or n in pointwise}
         skipped = set().union(*_match_all("skip", skip, convs).values())
         rates = _resolve_rates(layer_rates, convs)
         followers = graph.find_followers(model) if convs else {}

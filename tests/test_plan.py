@@ -94,6 +94,12 @@ def test_followers_are_biases_batchnorms_and_depthwise_convs():
     assert [(index, p.shape) for index, p in plan.followers(mask_bn=False)] == [(0, (20, 1, 3, 3))]
 
 
+def test_linear_layers_that_are_pointwise_convs_are_planned():
+    names = [layer.name for layer in mfp.FilterPlan.from_model(torchvision.models.convnext_tiny()).layers]
+    assert "features.1.0.block.3" in names and "features.1.0.block.5" in names and "classifier.2" not in names
+    assert not any("classifier" in layer.name for layer in mfp.FilterPlan.from_model(torchvision.models.vgg11()).layers)
+
+
 def test_shared_weights_are_planned_once():
     conv = nn.Conv2d(4, 4, 3)
     model = nn.Sequential(conv, nn.ReLU(), conv, nn.Flatten(), nn.Linear(4, 2))
