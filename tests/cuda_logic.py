@@ -83,3 +83,40 @@ def prune_filters_(weights, followers, follower_layers, num_pruned, kinds, expon
 
 def score_filters(weights, kinds, exponents, launches=1):
     return prune_filters_(weights, [], [], [0] * len(weights), kinds, exponents, -1, launches)[0]
+
+
+def _masked_step(adamw, params, grads, first, second, keep, offsets, rows, numbers, flags):
+    row_sizes = [p.numel() // r if o >= 0 else p.numel() for p, r, o in zip(params, rows, offsets, strict=True)]
+    nothing = (ctypes.c_void_p * len(params))(*[None] * len(params))
+    error = build().masked_step(
+        adamw, _pointers(params), _pointers(grads), _pointers(first) if first else nothing,
+        _pointers(second) if second else nothing, _int64([p.numel() for p in params]), _int64(row_sizes),
+        _int64(offsets if keep is not None else [-1] * len(params)), _int32([DTYPES[p.dtype] for p in params]),
+        len(params), ctypes.c_void_p(0 if keep is None else keep.data_ptr()),
+        (ctypes.c_double * len(numbers))(*numbers), _int32(flags))  # fmt: skip
+    assert error == 0
+
+
+def masked_sgd_(
+    params, grads, momentum_buffers, keep, offsets, rows, lr, momentum, dampening, weight_decay, nesterov, maximize,
+    first_step,
+):  # fmt: skip
+    _masked_step(0, params, grads, momentum_buffers, [], keep, offsets, rows,
+                 (lr, momentum, dampening, weight_decay), (nesterov, maximize, first_step))  # fmt: skip
+
+
+def masked_adamw_(
+    params, grads, exp_avgs, exp_avg_sqs, keep, offsets, rows, lr, beta1, beta2, eps, weight_decay, maximize, step
+):
+    _masked_step(1, params, grads, exp_avgs, exp_avg_sqs, keep, offsets, rows, (lr, beta1, beta2, eps, weight_decay),
+                 (0, maximize, step))  # fmt: skip
+
+
+def scatter_add_(residual, branch, index, relu):
+    batch, channels = residual.shape[:2]
+    pixels = residual.numel() // max(batch * channels, 1)
+    last = not residual.is_contiguous()
+    outer, inner = (batch * pixels, 1) if last else (batch, pixels)
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (residual, branch, index))
+    sizes = (ctypes.c_int64(size) for size in (outer, channels, branch.shape[1], inner))
+    assert build().scatter_add(*pointers, *sizes, DTYPES[residual.dtype], relu) == 0

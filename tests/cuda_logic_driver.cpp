@@ -1,5 +1,9 @@
 // The kernels of csrc/cuda as a shared library for tests/test_cuda_logic.py, compiled by g++ on top of cuda_on_cpu.h.
+#include <cmath>
+
 #include "cuda/mask.cu"
+#include "cuda/optim.cu"
+#include "cuda/scatter.cu"
 #include "cuda/score.cu"
 #include "cuda/score_plan.cpp"
 
@@ -58,6 +62,35 @@ int prune_filters(void** weights, const int64_t* filters, const int64_t* sizes, 
     if (error != 0) return error;
   }
   return 0;
+}
+
+// One step of SGD (adamw = 0: lr, momentum, dampening, weight_decay) or of AdamW (lr, beta1, beta2, eps, weight_decay).
+int masked_step(int adamw, void** values, void** gradients, void** first, void** second, const int64_t* numel,
+                const int64_t* row_sizes, const int64_t* offsets, const int* dtypes, int count, const bool* keep,
+                const double* numbers, const int* flags) {
+  std::vector<Parameter> table;
+  for (int i = 0; i < count; ++i) {
+    table.push_back({values[i], gradients[i], first[i], second[i], numel[i], row_sizes[i], offsets[i], 0,
+                     static_cast<DType>(dtypes[i]), 0});
+  }
+  const int64_t items = plan_step(table);
+  const auto number = [&](int i) { return static_cast<float>(numbers[i]); };
+  if (adamw == 0) {
+    const SgdStep step = {number(0), number(1), static_cast<float>(1 - numbers[2]), number(3),
+                          flags[0] != 0, flags[1] != 0, flags[2] != 0};
+    return launch_sgd(table.data(), count, items, keep, step, nullptr);
+  }
+  const double lr = numbers[0], beta1 = numbers[1], beta2 = numbers[2], steps = flags[2];
+  const AdamwStep step = {static_cast<float>(1 - lr * numbers[4]), static_cast<float>(1 - beta1), number(2),
+                          static_cast<float>(1 - beta2), static_cast<float>(std::sqrt(1 - std::pow(beta2, steps))),
+                          number(3), static_cast<float>(lr / (1 - std::pow(beta1, steps))), flags[1] != 0};
+  return launch_adamw(table.data(), count, items, keep, step, nullptr);
+}
+
+int scatter_add(void* residual, const void* branch, const int64_t* index, int64_t outer, int64_t channels,
+                int64_t branch_channels, int64_t inner, int dtype, int relu) {
+  return launch_scatter_add(
+      {residual, branch, index, outer, channels, branch_channels, inner, static_cast<DType>(dtype), relu != 0}, nullptr);
 }
 
 int tile_size() { return kTile; }

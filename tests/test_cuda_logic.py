@@ -6,7 +6,7 @@ What only a GPU can show (races, memory order, speed) is in the tests marked gpu
 import cuda_logic
 import pytest
 import torch
-from mfp import reference
+from mfp import backend, reference
 
 NORM, DISTANCE, COSINE, HYBRID = range(4)
 ALL = ((NORM, 1), (NORM, 2), (DISTANCE, 1), (DISTANCE, 2), (COSINE, 2), (HYBRID, 2))
@@ -270,3 +270,100 @@ def test_masking_keeps_to_its_rows():
         for row in (0, 2, 3):
             expected[offset + 13 * row : offset + 13 * row + 13] = 0
         assert torch.equal(storage, expected)
+
+
+# ---- optimiser steps ------------------------------------------------------------------------------------------------
+
+
+def step_case(dtype, seed=0):
+    """Parameters of awkward sizes, some masked: shapes, then clones of (params, grads, first, second), keep, offsets, rows."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(4, 3), (5, 8), (1,), (64, 147), (20, 1000), (7,), (40, 4), (3, 20000), (30001,)]
+    groups = [[torch.randn(shape, generator=generator).to(dtype) for shape in shapes] for _ in range(4)]
+    groups[3] = [tensor.square() for tensor in groups[3]]
+    keep = torch.rand(200, generator=generator) < 0.6
+    offsets = [0, 4, -1, 9, 73, 9, 100, 5, -1]
+    rows = [shape[0] if offset >= 0 else 1 for shape, offset in zip(shapes, offsets, strict=True)]
+    rows[6] = 20  # two rows of the tensor a filter
+    return groups, keep, offsets, rows
+
+
+def assert_same_step(name, dtype, count, numbers, keep_mask=True):
+    """The kernel and the reference from the same start; pruned rows keep their bits."""
+    groups, keep, offsets, rows = step_case(dtype)
+    mask = keep if keep_mask else None
+    ours, theirs = ([[tensor.clone() for tensor in group] for group in groups[:count]] for _ in range(2))
+    start = [tensor.clone() for tensor in groups[0]]
+    getattr(cuda_logic, name)(*ours, *([[]] if count == 2 else []), mask, offsets, rows, *numbers)
+    getattr(reference, name)(*theirs, *([[]] if count == 2 else []), mask, offsets, rows, *numbers)
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]  # a rounding of the result
+    for which, (own, other) in enumerate(zip(ours, theirs, strict=True)):
+        for tensor, expected in zip(own, other, strict=True):
+            torch.testing.assert_close(tensor, expected, rtol=tolerance, atol=tolerance, msg=f"{name} {which}")
+    assert not torch.equal(ours[0][3], start[3])
+    if keep_mask:
+        gone = ~keep[9 : 9 + 64]
+        assert gone.any() and torch.equal(ours[0][3][gone], start[3][gone])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("count", "numbers"),
+    [
+        (3, (0.1, 0.9, 0.0, 1e-4, False, False, False)),
+        (3, (0.1, 0.9, 0.0, 1e-4, True, False, False)),
+        (3, (0.1, 0.9, 0.3, 0.0, False, True, False)),
+        (3, (0.1, 0.9, 0.3, 1e-4, False, False, True)),
+        (2, (0.1, 0.0, 0.0, 1e-4, False, False, True)),
+    ],
+)
+def test_masked_sgd(dtype, count, numbers):
+    assert_same_step("masked_sgd_", dtype, count, numbers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keep_mask", [True, False])
+def test_masked_adamw(dtype, keep_mask):
+    assert_same_step("masked_adamw_", dtype, 4, (1e-3, 0.9, 0.999, 1e-8, 0.05, False, 7), keep_mask)
+
+
+@pytest.mark.skipif(backend.backends()["cpu"].unusable is not None, reason="the CPU kernels are not built")
+def test_steps_have_the_bits_of_the_cpu_kernels():
+    for name, count, numbers in (
+        ("masked_sgd_", 3, (0.1, 0.9, 0.1, 1e-4, True, False, False)),
+        ("masked_adamw_", 4, (1e-3, 0.9, 0.999, 1e-8, 0.05, False, 7)),
+    ):
+        groups, keep, offsets, rows = step_case(torch.float32)
+        ours, theirs = ([[tensor.clone() for tensor in group] for group in groups[:count]] for _ in range(2))
+        getattr(cuda_logic, name)(*ours, keep, offsets, rows, *numbers)
+        getattr(torch.ops.mfp, name)(*theirs, keep, offsets, rows, *numbers)
+        for own, other in zip(ours, theirs, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(own, other, strict=True)), name
+
+
+# ---- scatter_add_ ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shape", [(2, 5, 3, 3), (1, 300, 2, 5), (3, 64, 1, 1), (2, 7, 50, 45), (1, 1, 4, 70)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_scatter_add(shape, relu, dtype, channels_last):
+    generator = torch.Generator().manual_seed(6)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    residual = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
+    for count in {0, 1, shape[1] // 2, shape[1]}:
+        index = torch.randperm(shape[1], generator=generator)[:count].sort().values
+        branch = torch.randn(shape[0], count, *shape[2:], generator=generator).to(dtype)
+        branch = branch.contiguous(memory_format=layout)
+        expected = residual.float().index_add(1, index, branch.float())
+        expected = (expected.relu() if relu else expected).to(dtype)
+        actual = residual.clone(memory_format=torch.preserve_format)
+        cuda_logic.scatter_add_(actual, branch, index, relu)
+        assert torch.equal(actual, expected)
+
+
+def test_scatter_add_keeps_nan():
+    residual = torch.tensor([float("nan"), -1.0, 2.0]).view(1, 3, 1, 1)
+    cuda_logic.scatter_add_(residual, torch.ones(1, 1, 1, 1), torch.tensor([1]), True)
+    assert residual.flatten()[0].isnan() and residual.flatten()[1:].tolist() == [0.0, 2.0]

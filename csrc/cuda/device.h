@@ -23,11 +23,33 @@ __device__ inline int32_t find_entry(const Entry* entries, int32_t count, int64_
   return low;
 }
 
+// A 16-bit number of either format as a float, exactly, and back, rounded to nearest, ties to even.
+struct Bfloat16 {
+  uint16_t bits;
+  __device__ float widen() const { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+  __device__ static Bfloat16 narrow(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};
+    return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+  }
+};
+
+struct Float16 {
+  uint16_t bits;
+  __device__ float widen() const { return __half2float(__ushort_as_half(bits)); }
+  __device__ static Float16 narrow(float x) { return {__half_as_ushort(__float2half_rn(x))}; }
+};
+
+struct Float32 {
+  float value;
+  __device__ float widen() const { return value; }
+  __device__ static Float32 narrow(float x) { return {x}; }
+};
+
 __device__ inline float load_as_float(const void* data, DType dtype, int64_t index) {
   if (dtype == DType::float32) return static_cast<const float*>(data)[index];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
-  if (dtype == DType::float16) return __half2float(__ushort_as_half(bits));
-  return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+  if (dtype == DType::float16) return static_cast<const Float16*>(data)[index].widen();
+  return static_cast<const Bfloat16*>(data)[index].widen();
 }
 
 // Waiting for other blocks: thread 0 polls, and all threads see what was written before the counter was raised.
