@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
@@ -277,10 +278,74 @@ def find_pointwise_linears(model: nn.Module) -> set[str]:
     pointwise: set[fx.Node] = set()
     for node in traced.graph.nodes:
         module = modules.get(node.target) if node.op == "call_module" else None
-        dims = node.args[1:] if len(node.args) != 2 else node.args[1]
-        moved = node.target in (torch.permute, "permute") and tuple(dims) == (0, 2, 3, 1)
+        moved = node.target in (torch.permute, "permute") and _moves_channels(node)
         passed = isinstance(module, between) or node.target in ZERO_KEEPING_FUNCTIONS
         if moved or (passed and node.args and node.args[0] in pointwise):
             pointwise.add(node)
     found = {modules[node.target] for node in pointwise if node.op == "call_module"}
     return {names[id(module)] for module in found if isinstance(module, nn.Linear)}
+
+
+# Operations that leave every channel where it is; where they are not known, coupling stays on the safe side.
+_ALIGNED_MODULES = (*ZERO_KEEPING_MODULES, *BATCH_NORMS, nn.Sigmoid, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus)
+_ALIGNED_FUNCTIONS = {*ZERO_KEEPING_FUNCTIONS, torch.sigmoid, F.sigmoid, F.hardsigmoid, F.hardtanh, torch.mean}
+_ALIGNED_METHODS = ZERO_KEEPING_METHODS | {"sigmoid", "mean"}
+_JOINS = {operator.add, operator.iadd, torch.add, operator.sub, operator.mul, operator.imul, torch.mul, "add", "mul"}
+
+
+def find_coupled(model: nn.Module) -> tuple[dict[str, int], set[int]]:
+    """Which convs (and pointwise Linear layers) must lose the same channels so that no join needs an index.
+
+    Convs whose outputs meet in an addition or a product, channel by channel, are one group.
+
+    Returns:
+        ``{layer name: group}``, and the groups that also meet a tensor whose channels come from no conv alone (the
+        input, a concatenation, a padded shortcut): they cannot lose channels without an index.
+
+    Raises:
+        MfpError: the model cannot be traced.
+    """
+    traced = trace(model)
+    modules = dict(traced.named_modules())
+    names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+    parent: dict[str, str] = {}
+    fixed: set[str] = set()
+    owner: dict[fx.Node, str | None] = {}  # a conv that stands for the node's channels
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            name = parent[name]
+        return name
+
+    for node in traced.graph.nodes:
+        module = modules.get(node.target) if node.op == "call_module" else None
+        inputs = [owner.get(source) for source in node.all_input_nodes if source.op != "get_attr"]
+        if isinstance(module, (*CONVS, nn.Linear)):
+            name = names[id(module)]
+            parent.setdefault(name, name)
+            if is_depthwise(module) and module.out_channels == module.in_channels and inputs[0]:
+                parent[root(name)] = root(inputs[0])
+            owner[node] = name
+        elif node.target in _JOINS:
+            known = [name for name in inputs if name]
+            for name in known[1:]:
+                parent[root(name)] = root(known[0])
+            if known and len(known) < len(inputs):
+                fixed.add(known[0])
+            owner[node] = known[0] if len(known) == len(inputs) and known else None
+        elif len(inputs) == 1 and (
+            isinstance(module, _ALIGNED_MODULES)
+            or node.target in _ALIGNED_FUNCTIONS
+            or (node.op == "call_method" and node.target in _ALIGNED_METHODS)
+            or getattr(node.target, "__name__", "") == "stochastic_depth"
+            or (node.target in (torch.permute, "permute") and _moves_channels(node))
+        ):
+            owner[node] = inputs[0]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(root(name) for name in parent))}
+    return {name: numbers[root(name)] for name in parent}, {numbers[root(name)] for name in fixed}
+
+
+def _moves_channels(node: fx.Node) -> bool:
+    """permute between [B, C, H, W] and [B, H, W, C]."""
+    dims = node.args[1:] if len(node.args) != 2 else node.args[1]
+    return tuple(dims) in ((0, 2, 3, 1), (0, 3, 1, 2))

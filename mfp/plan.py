@@ -44,6 +44,7 @@ class PlannedLayer:
         num_pruned: how many that are: int(N * rate), fewer only by ``channel_multiple``.
         offset: of its first filter on the plan's flat axis.
         followers: parameters masked together with its filters.
+        group: layers of one group lose the same filters; None outside a coupled plan.
     """
 
     name: str
@@ -53,6 +54,7 @@ class PlannedLayer:
     num_pruned: int
     offset: int
     followers: tuple[Follower, ...]
+    group: int | None = None
 
     @property
     def slice(self) -> slice:
@@ -89,6 +91,7 @@ class FilterPlan:
         skip: Sequence[str] = DEFAULT_SKIP,
         layer_rates: Mapping[str, float] | None = None,
         channel_multiple: int = 1,
+        coupled: bool = False,
     ) -> FilterPlan:
         """Plan all Conv1d/2d/3d layers of a model, and the 1x1 convs that it writes as Linear layers (ConvNeXt).
 
@@ -106,6 +109,9 @@ class FilterPlan:
             layer_rates: rates for single layers, by the same patterns, a full name before a pattern, a later pattern
                 before an earlier one; stronger than ``rate`` and ``skip``.
             channel_multiple: round the kept filters of a layer up to a multiple, never beyond the layer.
+            coupled: layers whose outputs meet in an addition or a product share one mask (their scores are summed), so
+                that the compact network consists of plain layers without index joins. A group is left out as a whole
+                when one of its layers is; pass ``skip=()`` to prune residual streams together with their shortcuts.
 
         Raises:
             MfpError: a rate outside [0, 1), a pattern that matches no layer, a model without conv layers, a weight
@@ -118,26 +124,32 @@ class FilterPlan:
         convs = {n: m for n, m in model.named_modules() if isinstance(m, graph.CONVS) or n in pointwise}
         skipped = set().union(*_match_all("skip", skip, convs).values())
         rates = _resolve_rates(layer_rates, convs)
+        group_of, fixed = graph.find_coupled(model) if coupled else ({}, set())
         followers = graph.find_followers(model) if convs else {}
         following = {name for names in followers.values() for name in names}
         outputs = graph.find_output_convs(model) if convs else set()
+
+        left_out = {name for name in convs if name not in rates and (name in outputs or name in skipped)}
+        fixed |= {group_of[name] for name in left_out & group_of.keys()}
+        left_out |= {name for name, group in group_of.items() if group in fixed}
 
         layers: list[PlannedLayer] = []
         seen: set[int] = set()
         offset = 0
         for name, conv in convs.items():
-            left_out = name in outputs or name in skipped
-            if name in following or (left_out and name not in rates) or id(conv.weight) in seen:
+            if name in following or name in left_out or id(conv.weight) in seen:
                 continue
             seen.add(id(conv.weight))
             share = rates.get(name, rate)
-            layers.append(_planned(model, name, conv, float(share), offset, channel_multiple, followers.get(name, ())))
+            layer = _planned(model, name, conv, float(share), offset, channel_multiple, followers.get(name, ()))
+            layers.append(replace(layer, group=group_of.get(name)))
             offset += len(conv.weight)
         if not layers:
             raise MfpError(
                 f"{type(model).__name__} has no conv layer to prune: {len(convs)} in all, {len(outputs)} of them the "
                 f"network's output, skip={tuple(skip)!r}; layer_rates={{name: rate}} plans a layer all the same"
             )
+        _check_groups(layers)
         return cls(model, layers, channel_multiple)
 
     def __getitem__(self, name: str) -> PlannedLayer:
@@ -256,6 +268,19 @@ def _resolve_rates(layer_rates: Mapping[str, float], convs: Collection[str]) -> 
     patterns = _match_all("layer_rates", layer_rates, convs)
     by_pattern = {name: layer_rates[pattern] for pattern, names in patterns.items() for name in names}
     return by_pattern | {name: rate for name, rate in layer_rates.items() if name in convs}
+
+
+def _check_groups(layers: Sequence[PlannedLayer]) -> None:
+    first: dict[int, PlannedLayer] = {}
+    for layer in layers:
+        if layer.group is None:
+            continue
+        other = first.setdefault(layer.group, layer)
+        if (other.num_filters, other.num_pruned) != (layer.num_filters, layer.num_pruned):
+            raise MfpError(
+                f"coupled layers must lose equally many filters: {other.name!r} loses {other.num_pruned} of "
+                f"{other.num_filters}, {layer.name!r} {layer.num_pruned} of {layer.num_filters}; give both one rate"
+            )
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

@@ -90,7 +90,7 @@ class FilterPruner:
         mask_bn: zero biases and BatchNorm entries with the filters. Where pruned filters learn on, the values come back
             with the next forward pass in training mode, since no gradient would reach a filter behind a zeroed one.
         channel_multiple: round the kept filters per layer up to a multiple of this.
-        skip, layer_rates: see :meth:`mfp.FilterPlan.from_model`.
+        skip, layer_rates, coupled: see :meth:`mfp.FilterPlan.from_model`.
         per_layer: choose the criterion for each layer; only for attributes without data.
         recalibrate: estimate BatchNorm statistics anew on the calibration batches after each pruning, and before a
             neighbour is measured.
@@ -114,6 +114,7 @@ class FilterPruner:
         channel_multiple: int = 1,
         skip: Sequence[str] = DEFAULT_SKIP,
         layer_rates: Mapping[str, float] | None = None,
+        coupled: bool = False,
         per_layer: bool = False,
         recalibrate: bool = False,
     ) -> None:
@@ -133,7 +134,12 @@ class FilterPruner:
         self.mode, self.interval, self.epochs = mode, interval, epochs
         self.mask_bn, self.per_layer, self.recalibrate = mask_bn, per_layer, recalibrate
         self.plan = FilterPlan.from_model(
-            self.model, rate, skip=skip, layer_rates=layer_rates, channel_multiple=channel_multiple
+            self.model,
+            rate,
+            skip=skip,
+            layer_rates=layer_rates,
+            channel_multiple=channel_multiple,
+            coupled=coupled,
         )
         self.mask: FilterMask | None = None
         self.decisions: list[Decision] = []
@@ -190,6 +196,11 @@ class FilterPruner:
         self.mask = choice.mask
         self.decisions.append(decision)
         return decision
+
+    def hold_(self) -> None:
+        """From now on the current mask holds, as in ``hard`` mode: the pruned filters sleep for good."""
+        self._sleepers.values = {}
+        self.mode = "hard"
 
     def mask_gradients_(self) -> None:
         """In ``hard`` mode, between ``backward()`` and the optimiser's step: zero the gradients of pruned filters."""

@@ -12,7 +12,7 @@ from mfp import ops
 from mfp.errors import MfpError
 from mfp.mask import FilterMask
 from mfp.plan import FilterPlan, check_rate
-from mfp.scores import FilterScores, check_criteria, require_finite
+from mfp.scores import FilterScores, check_criteria, require_finite, score_filters
 
 
 def select_filters(scores: FilterScores, criterion: str | Mapping[str, str] | None = None) -> FilterMask:
@@ -37,7 +37,15 @@ def select_filters(scores: FilterScores, criterion: str | Mapping[str, str] | No
         (criterion,) = scores
     if isinstance(criterion, str):
         criterion = {layer.name: criterion for layer in plan.layers}
-    keep = [lowest_pruned(scores[criterion[layer.name]][layer.slice], layer.num_pruned) for layer in plan.layers]
+    own = [scores[criterion[layer.name]][layer.slice] for layer in plan.layers]
+    shared: dict[int, Tensor] = {}  # of a coupled plan: the sum of each group's scores
+    for layer, score in zip(plan.layers, own, strict=True):
+        if layer.group is not None:
+            shared[layer.group] = shared.get(layer.group, 0) + score.double()
+    keep = [
+        lowest_pruned(score if layer.group is None else shared[layer.group], layer.num_pruned)
+        for layer, score in zip(plan.layers, own, strict=True)
+    ]
     return FilterMask(plan, torch.cat(keep))
 
 
@@ -69,6 +77,8 @@ def select_mix(
     for name, family in ((norm, "magnitude"), (distance, "relation")):
         if _criteria.criterion(name).family != family:
             raise MfpError(f"select_mix: {name!r} is not a {family} criterion")
+    if any(layer.group is not None for layer in plan.layers):
+        raise MfpError("select_mix ranks each layer for itself; it does not take a coupled plan")
     layers = [layer for layer in plan.layers if layer.rate > 0]
     counts = [(int(layer.num_filters * rate_norm), int(layer.num_filters * rate_distance)) for layer in layers]
     for layer, (first, second) in zip(layers, counts, strict=True):
@@ -112,6 +122,10 @@ def prune_filters_(plan: FilterPlan, criterion: str, *, mask_bn: bool = True, ba
         MfpError: weights that are not finite; nothing is zeroed then.
     """
     (known,) = check_criteria((criterion,))
+    if any(layer.group is not None for layer in plan.layers):  # ranked across layers, which the op does not do
+        mask = select_filters(score_filters(plan, (criterion,), backend))
+        mask.apply_(mask_bn)
+        return mask
     weights, followers = plan.weights(), plan.followers(mask_bn)
     with torch.no_grad():
         scores, keep = ops.prune_filters_(

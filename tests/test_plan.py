@@ -183,3 +183,29 @@ def test_a_weight_not_laid_out_filter_by_filter_is_refused():
     model.last.weight = nn.Parameter(torch.randn(20, 7, 1, 1).transpose(0, 1))
     with pytest.raises(mfp.MfpError, match=r"layer 'last'.*one dense block"):
         mfp.FilterPlan.from_model(model)
+
+
+def test_coupled_layers_share_one_mask():
+    model = torchvision.models.resnet18()
+    plan = mfp.FilterPlan.from_model(model, 0.4, skip=(), coupled=True)
+    stream = [layer for layer in plan.layers if layer.group == plan["conv1"].group]
+    assert [layer.name for layer in stream] == ["conv1", "layer1.0.conv2", "layer1.1.conv2"]
+    assert plan["layer2.0.conv2"].group == plan["layer2.0.downsample.0"].group == plan["layer2.1.conv2"].group
+    mask = mfp.prune_filters_(plan, "l2_norm")
+    assert all(torch.equal(mask.layer(layer.name), mask.layer("conv1")) for layer in stream)
+    scores = sum(plan.weight(layer).detach().flatten(1).norm(dim=1) for layer in stream)
+    assert not scores[~mask.layer("conv1")].any()
+    small = mfp.compact(model.eval(), torch.randn(1, 3, 64, 64))
+    assert small.get_submodule("layer1.0.conv2").out_channels == small.conv1.out_channels == 39
+    kinds = {type(module).__module__.split(".")[0] for module in small.modules() if not list(module.children())}
+    assert kinds == {"torch"}  # plain layers, no index joins
+
+
+def test_coupled_groups_are_left_out_as_a_whole():
+    plan = mfp.FilterPlan.from_model(torchvision.models.resnet18(), coupled=True)  # shortcuts are skipped by default
+    names = {layer.name for layer in plan.layers}
+    assert "layer2.0.conv1" in names and "layer2.0.conv2" not in names and "layer1.0.conv2" in names
+    with pytest.raises(mfp.MfpError, match="coupled layers must lose equally many filters: 'conv1' loses 25 of 64"):
+        mfp.FilterPlan.from_model(torchvision.models.resnet18(), coupled=True, layer_rates={"layer1.0.conv2": 0.1})
+    with pytest.raises(mfp.MfpError, match="does not take a coupled plan"):
+        mfp.select_mix(plan, 0.1, 0.1)
