@@ -1,7 +1,7 @@
 """Checkpoints that are either whole or not there, whenever the process, the disk or the power fails.
 
 One checkpoint is one safetensors file: the tensors, and in its header everything else as JSON, with a digest
-over both. It is written under another name, flushed to the disk and renamed; only then is an older one deleted.
+over both. It is written under another name, flushed to the disk and renamed; then an older one is deleted.
 Nothing is ever unpickled.
 """
 
@@ -74,13 +74,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no checkpoint of mfp, or it is damaged: {error!r}"[:300]) from error
     if version != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {version}, this mfp reads {FORMAT}: use the mfp that wrote it"
-        )
+        raise CheckpointError(f"{path} has format {version}, this mfp reads {FORMAT}: use the mfp that wrote it")
     if digest != _digest(content, tensors):
-        raise CheckpointError(
-            f"{path} is damaged: its content does not have the digest that it was written with"
-        )
+        raise CheckpointError(f"{path} is damaged: its content does not have the digest that it was written with")
     return Checkpoint(path, step, unpack(content["state"], tensors))
 
 

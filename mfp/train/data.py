@@ -91,9 +91,7 @@ class EpochBatches(Sampler):
     left to another epoch's order.
     """
 
-    def __init__(
-        self, length: int, batch: int, seed: int, epoch: int, start: int = 0, rank: int = 0, ranks: int = 1
-    ):
+    def __init__(self, length: int, batch: int, seed: int, epoch: int, start: int = 0, rank: int = 0, ranks: int = 1):
         self.length, self.batch, self.seed, self.epoch, self.start = length, batch, seed, epoch, start
         self.rank, self.ranks = rank, ranks
 
@@ -152,9 +150,7 @@ def load_data(spec: str, seed: int = 0, *, download: bool = False) -> ImageData:
     return _cifar10(Path(path), seed, download) if name == "cifar10" else _imagenet(Path(path), seed)
 
 
-def _views(
-    train, test, augment: list, plain: list, statistics, num_classes: int, size: int, seed: int
-) -> ImageData:
+def _views(train, test, augment: list, plain: list, statistics, num_classes: int, size: int, seed: int) -> ImageData:
     from torchvision.transforms import v2
 
     finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*statistics)]
@@ -194,15 +190,11 @@ def _cifar10(path: Path, seed: int, download: bool) -> ImageData:
     from torchvision.transforms import v2
 
     if not download and not (path / CIFAR10.base_folder).is_dir():
-        raise MfpError(
-            f"no folder {path / CIFAR10.base_folder}: PATH in cifar10:PATH holds it; --download fetches it"
-        )
+        raise MfpError(f"no folder {path / CIFAR10.base_folder}: PATH in cifar10:PATH holds it; --download fetches it")
     try:
         train, test = (CIFAR10(path, train=train, download=download) for train in (True, False))
     except (RuntimeError, OSError) as error:  # torchvision checks every file's md5 before it reads it
-        raise MfpError(
-            f"CIFAR-10 in {path} is incomplete or damaged (its checksums differ): {error}"
-        ) from error
+        raise MfpError(f"CIFAR-10 in {path} is incomplete or damaged (its checksums differ): {error}") from error
     augment = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
     return _views(train, test, augment, [], CIFAR10_STATISTICS, 10, 32, seed)
 
@@ -213,18 +205,14 @@ def _imagenet(path: Path, seed: int) -> ImageData:
 
     for part in ("train", "val"):
         if not (path / part).is_dir():
-            raise MfpError(
-                f"no folder {path / part}: imagenet:PATH needs PATH/train/CLASS/* and PATH/val/CLASS/*"
-            )
+            raise MfpError(f"no folder {path / part}: imagenet:PATH needs PATH/train/CLASS/* and PATH/val/CLASS/*")
     try:
         train, test = ImageFolder(path / "train"), ImageFolder(path / "val")
     except (FileNotFoundError, OSError) as error:
         raise MfpError(f"{path}: {error}") from error
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
-        raise MfpError(
-            f"{path}: train and val have different classes; only in one of them: {', '.join(odd[:5])}"
-        )
+        raise MfpError(f"{path}: train and val have different classes; only in one of them: {', '.join(odd[:5])}")
     augment = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
     return _views(
         train,

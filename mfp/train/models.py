@@ -91,9 +91,7 @@ def available_models() -> tuple[str, ...]:
     return (*CIFAR_DEPTHS, *torchvision.models.list_models(module=torchvision.models))
 
 
-def build_model(
-    arch: str, num_classes: int, weights: str | None = None, *, download: bool = False
-) -> nn.Module:
+def build_model(arch: str, num_classes: int, weights: str | None = None, *, download: bool = False) -> nn.Module:
     """A network by name, with the given number of classes, and weights if asked for.
 
     >>> build_model("resnet20", 10).conv1.weight.shape
@@ -130,9 +128,7 @@ def _construct(arch: str, num_classes: int) -> nn.Module:
 
     if arch not in available_models():
         near = difflib.get_close_matches(arch, available_models(), n=8, cutoff=0.3) or available_models()[:8]
-        raise MfpError(
-            f"unknown network {arch!r}; near it: {', '.join(near)} (or give --model package:function)"
-        )
+        raise MfpError(f"unknown network {arch!r}; near it: {', '.join(near)} (or give --model package:function)")
     # their second classifiers would make the output of the training network a tuple
     single = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
     return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **single)
@@ -210,13 +206,9 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str = "weight
     classifier = {name.rpartition(".")[0] for name in other_shape}
     is_classifier = len(classifier) == 1 and _last_layer(model) in classifier
     differing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    differing += [
-        name for name in state if name not in own and not name.startswith(("AuxLogits.", "aux1.", "aux2."))
-    ]
+    differing += [name for name in state if name not in own and not name.startswith(("AuxLogits.", "aux1.", "aux2."))]
     if not is_classifier:
-        differing += [
-            f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}" for name in other_shape
-        ]
+        differing += [f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}" for name in other_shape]
     if differing:
         first = "; ".join(differing[:3])
         raise MfpError(f"{source} is of another network: {len(differing)} entries differ, first {first}")

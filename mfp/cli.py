@@ -1,0 +1,325 @@
+"""The command line: mfp prune | compact | evaluate | bench | report | info.
+
+Everything but `info` needs the extra `train`, so each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mfp.errors import MfpError
+
+if TYPE_CHECKING:
+    from mfp.train.config import RunConfig
+
+USERS_MISTAKE, FAILURE = 2, 1
+
+app = typer.Typer(
+    help="Filter pruning of convolutional networks, down to a smaller network that is really faster.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+
+
+def main() -> None:
+    """Runs the command line. A mistake of the user's is one line on standard error and exit code 2."""
+    with _readable_errors():
+        app()
+
+
+@contextlib.contextmanager
+def _readable_errors() -> Iterator[None]:
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        yield
+    except MfpError as error:
+        _leave(f"error: {_first_line(error)}", USERS_MISTAKE)
+    except KeyboardInterrupt:
+        _leave("stopped", 130)
+    except ImportError as error:
+        _leave(f"error: {error}: this command needs the extra: pip install 'mfp[train]'", USERS_MISTAKE)
+    except (OSError, RuntimeError) as error:  # a full disk, no memory, a rank that was lost
+        if os.environ.get("MFP_DEBUG"):
+            raise
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        _leave(f"error: {rank}{_first_line(error)} (MFP_DEBUG=1 shows where)", FAILURE)
+
+
+def _first_line(error: Exception) -> str:
+    """The message in one line; an error from a loading process carries its traceback, whose last line it is."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
+    return line.removeprefix("mfp.errors.MfpError: ")
+
+
+def _leave(message: str, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+# ---- mfp prune
+
+
+def prune(
+    ctx: typer.Context,
+    model: Annotated[str | None, typer.Option(help="package:function of yours that builds the network")] = None,
+    recipe: Annotated[str | None, typer.Option(help="the papers' settings by name; other options override it")] = None,
+    output: Annotated[Path | None, typer.Option(help="run directory; runs/ARCH-DATA if not given")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --output")] = False,
+    **options: Any,
+) -> None:
+    """Train a network while pruning it, remove the pruned filters, and show what was gained.
+
+    Without options: ResNet-20 on the handwritten digits inside scikit-learn. Under torchrun: with all its processes.
+    """
+    from mfp.train.engine import Interrupted
+    from mfp.train.run import run
+
+    given = {name: options[name] for name in options if _was_given(ctx, name)}
+    if ":" in given.get("arch", ""):
+        raise MfpError(f"--arch {given['arch']}: code of yours is imported only by --model package:function")
+    if model:
+        given["arch"] = _function(model)
+    config = _make_config(given, recipe, output if resume else None)
+    output = output or _free_directory(config)
+    try:
+        result = run(config, output, resume)
+    except Interrupted as stop:
+        kept = f"; {stop.path} is complete" if stop.path else ""
+        _leave(f"{stop}{kept}; go on with: mfp prune --output {output} --resume", 128 + stop.number)
+    if result:
+        _print_result(result, output, recipe)
+
+
+def _was_given(ctx: typer.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name).name == "COMMANDLINE"
+
+
+def _make_config(given: dict[str, Any], recipe_name: str | None, resumed: Path | None) -> RunConfig:
+    """Defaults, then the recipe, then the stored run when one is resumed, then what was given."""
+    from mfp.train.config import RunConfig
+    from mfp.train.recipes import recipe
+
+    values = {name: _parse(name, value) for name, value in given.items()}
+    stored = resumed / "config.json" if resumed else None
+    if stored and stored.exists():
+        config = RunConfig.from_json(stored.read_text(), str(stored))
+        if ":" in config.arch and "arch" not in values:
+            raise MfpError(f"{stored} names a function of yours; it is imported only if you say --model {config.arch}")
+        return dataclasses.replace(config, **values)
+    settings: dict[str, Any] = {}
+    if recipe_name:
+        settings = recipe(recipe_name).settings
+        if "data" not in values:
+            raise MfpError(f"--recipe {recipe_name} needs --data {recipe(recipe_name).data}")
+    return RunConfig(**{**settings, **values})
+
+
+def _parse(name: str, value: Any) -> Any:
+    """Lists and tables of settings are written with commas."""
+    if name in ("criteria", "skip"):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    try:
+        if name == "milestones":
+            return tuple(int(part) for part in value.split(",") if part.strip())
+        if name == "layer_rates":
+            pairs = (part.split("=") for part in value.split(",") if part.strip())
+            return {layer.strip(): float(rate) for layer, rate in pairs}
+    except ValueError as error:
+        wanted = {
+            "milestones": "whole numbers, as 60,120,160",
+            "layer_rates": "layer=rate, as conv1=0,layer1.0.conv2=0.2",
+        }
+        raise MfpError(f"--{name.replace('_', '-')} {value!r}: write {wanted[name]}") from error
+    return value
+
+
+def _free_directory(config: RunConfig) -> Path:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MfpError("several processes need --output DIRECTORY, so that all of them (and a restart) use the same")
+    name = f"{config.arch.rpartition(':')[2]}-{config.data.partition(':')[0]}"
+    candidates = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10**6))
+    return next(path for path in candidates if not path.exists())
+
+
+def _options() -> Iterator[inspect.Parameter]:
+    """One command-line option per setting of RunConfig, with its default and its help."""
+    from mfp.train.config import RunConfig
+
+    for setting in dataclasses.fields(RunConfig):
+        default = getattr(RunConfig(), setting.name)
+        kind: Any = type(default) if default is not None else str | None
+        if isinstance(default, (tuple, dict)):
+            kind, default = str, ",".join(default)
+        option = Annotated[kind, typer.Option(help=setting.metadata["help"])]
+        yield inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=option)
+
+
+def _function(model: str) -> str:
+    if ":" not in model:
+        raise MfpError(f"--model {model}: write package:function (names of networks go to --arch)")
+    return model
+
+
+parameters = [
+    parameter
+    for parameter in inspect.signature(prune, eval_str=True).parameters.values()
+    if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+]
+prune.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # typer reads it
+    [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters] + list(_options())
+)
+prune.__annotations__ = {name: p.annotation for name, p in prune.__signature__.parameters.items()}
+app.command()(prune)
+
+
+def _print_result(result: dict[str, Any], output: Path, recipe_name: str | None) -> None:
+    console = Console(highlight=False)
+    table = Table(title=f"{result['config']['arch']} on {result['config']['data'].partition(':')[0]}")
+    for column in ("", "dense", "masked", "compact"):
+        table.add_column(column, justify="left" if not column else "right")
+    networks = [result[name] for name in ("dense", "masked", "compact")]
+
+    def row(title: str, key: str, form: str) -> None:
+        table.add_row(title, *(form.format(network[key]) if key in network else "-" for network in networks))
+
+    row("accuracy, % (top-1)", "top1", "{:.2f}")
+    if result["masked"]["top5"] < 100:
+        row("accuracy, % (top-5)", "top5", "{:.2f}")
+    row("FLOPs (multiply-adds)", "flops", "{:,}")
+    row("parameters", "parameters", "{:,}")
+    row(f"ms per image (batch {result['timing_batch']})", "milliseconds", "{:.3f}")
+    console.print(table)
+    dense, compact = result["dense"], result["compact"]
+    console.print(f"FLOPs saved: {_saved(dense['flops'], compact['flops'])}, parameters saved: "
+                  f"{_saved(dense['parameters'], compact['parameters'])}, time saved: "
+                  f"{_saved(dense['milliseconds'], compact['milliseconds'])} (both with BatchNorm folded)")  # fmt: skip
+    console.print(
+        f"largest difference between masked and compact outputs: {result['difference']:.1e} of the largest output"
+    )
+    console.print(f"criterion chosen at each pruning point: {_runs(result['criteria'])}", soft_wrap=True)
+    if recipe_name:
+        from mfp.train.recipes import recipe
+
+        published = ", ".join(f"{key} {value:g} %" for key, value in recipe(recipe_name).published.items())
+        console.print(f"published for {recipe_name}: {published} (method.md: FPGM, tables 1 and 2)", soft_wrap=True)
+    console.print(f"run directory: {output} (smaller network: {output / 'compact.mfp'})", soft_wrap=True)
+
+
+def _saved(before: float, after: float) -> str:
+    return f"{100 * (1 - after / before):.1f} %"
+
+
+def _runs(names: list[str]) -> str:
+    """["a", "a", "b"] as "a x2, b"."""
+    groups: list[list[Any]] = []
+    for name in names:
+        if groups and groups[-1][0] == name:
+            groups[-1][1] += 1
+        else:
+            groups.append([name, 1])
+    return ", ".join(name if count == 1 else f"{name} x{count}" for name, count in groups)
+
+
+# ---- the other commands
+
+
+@app.command()
+def compact(
+    checkpoint: Annotated[Path, typer.Argument(help="a run directory, or a checkpoint of one")],
+    output: Annotated[Path, typer.Option(help="file to write")] = Path("small.mfp"),
+    onnx: Annotated[Path | None, typer.Option(help="also write ONNX, with BatchNorm folded")] = None,
+    fold_bn: Annotated[bool, typer.Option("--fold-bn", help="fold BatchNorm into the convolutions")] = False,
+    model: Annotated[str | None, typer.Option(help="package:function that built the network of the run")] = None,
+) -> None:
+    """Remove the pruned filters of a checkpoint: write the smaller network."""
+    import torch
+
+    import mfp
+    from mfp.train.load import load_masked
+
+    masked, image_shape = load_masked(checkpoint, _function(model) if model else None)
+    example = torch.zeros(1, *image_shape)
+    small = mfp.compact(masked, example, fold_bn=fold_bn)
+    mfp.save(small, output)
+    before, after = (sum(parameter.numel() for parameter in network.parameters()) for network in (masked, small))
+    print(f"{output}: {output.stat().st_size:,} bytes, {after:,} of {before:,} parameters, "
+          f"{mfp.flops(small, example):,} of {mfp.flops(masked, example):,} FLOPs")  # fmt: skip
+    if onnx:
+        from mfp.train.load import write_onnx
+
+        write_onnx(small, example, onnx)
+        print(f"{onnx}: {onnx.stat().st_size:,} bytes")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="a file of mfp.save, a run directory, or a checkpoint of one")],
+    data: Annotated[str, typer.Option(help="digits, cifar10:PATH or imagenet:PATH")] = "digits",
+    batch: Annotated[int, typer.Option(help="images at a time")] = 128,
+    workers: Annotated[int, typer.Option(help="processes that load images")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    function: Annotated[str | None, typer.Option("--model", help="package:function of the run's network")] = None,
+) -> None:
+    """Accuracy of a masked or a compact network."""
+    import mfp
+    from mfp.train.data import load_data
+    from mfp.train.distributed import join
+    from mfp.train.evaluation import evaluate as measure
+    from mfp.train.load import load_network
+
+    network = load_network(model, _function(function) if function else None)
+    images = load_data(data)
+    network.to(join(device).device)
+    metrics = measure(network, images.test, batch, workers)
+    flops = mfp.flops(network, images.example().to(next(network.parameters()).device))
+    print(f"{model}: top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.4f} "
+          f"on {metrics['images']:,} images; {flops:,} FLOPs")  # fmt: skip
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="a run directory")],
+    output: Annotated[Path | None, typer.Option(help="file to write; RUN/report.html if not given")] = None,
+) -> None:
+    """One self-contained HTML page about a run."""
+    from mfp.report import write_report
+
+    print(write_report(run, output))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def bench(ctx: typer.Context) -> None:
+    """Measure this machine: see `mfp bench --help`."""
+    from mfp.bench import main as measure
+
+    measure(ctx.args)
+
+
+@app.command()
+def info() -> None:
+    """What runs here, and why the rest does not."""
+    import platform
+
+    import torch
+
+    import mfp
+    from mfp import backend
+
+    print(f"mfp {mfp.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"{torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs")
+    for name, entry in backend.backends().items():
+        print(f"backend {name}: {entry.unusable or 'runs'}")
+    for key, value in (backend.build_info() or {}).items():
+        print(f"built with {key}: {value}")

@@ -1,0 +1,163 @@
+"""A whole run: train without and with pruning, remove the pruned filters, show what changed and what was gained.
+
+A run directory holds config.json, dense/ and pruned/ (each with epochs.csv and the last two checkpoints, pruned/
+also with the scores at the last pruning point), compact.mfp and result.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mfp
+from mfp.errors import MfpError
+from mfp.train.checkpoints import digest_of, write_atomically
+from mfp.train.config import RunConfig
+from mfp.train.data import ImageData, derive_seed, epoch_order, load_data
+from mfp.train.distributed import World, join, leave
+from mfp.train.engine import Trainer
+from mfp.train.evaluation import evaluate, largest_difference, milliseconds_per_image
+from mfp.train.models import build_model
+from mfp.train.progress import Reporter
+
+LARGEST_DIFFERENCE = 1e-4  # between masked and compact outputs, relative; float32 rounding stays far below
+
+
+def run(
+    config: RunConfig, directory: str | Path, resume: bool = False, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Does what `mfp prune` does, and returns what result.json holds (on the first rank; {} on the others).
+
+    >>> run(RunConfig(epochs=2, dense=False), "runs/try")["masked"]["top1"]
+
+    Args:
+        config: the settings.
+        directory: made if need be; must not hold a run already, unless it is resumed.
+        resume: go on from the newest checkpoint in the directory, or start anew where there is none.
+    Raises:
+        MfpError: settings, data or files that cannot be used; a run that pruned nothing.
+        Interrupted: a signal came; the checkpoint is written.
+    """
+    world = join(config.device, config.timeout)
+    directory = Path(directory)
+    reporter = reporter or Reporter(quiet=not world.first)
+    prepare_directory(config, directory, resume, world)
+    data = load_data(config.data, config.seed, download=config.download)
+    dense = make_network(config, data, world)
+    if config.dense:
+        trainer = Trainer(config, data, dense, directory / "dense", world=world, reporter=reporter)
+        _train(trainer, resume)
+        dense = trainer.final_model
+    model = make_network(config, data, world)
+    pruner = make_pruner(config, model, data, world)
+    pruned = Trainer(config, data, model, directory / "pruned", pruner, world, reporter)
+    _train(pruned, resume)
+    result = {}
+    if world.first:
+        result = _finish(config, data, dense, pruned, directory, reporter)
+    leave()
+    return result
+
+
+def prepare_directory(config: RunConfig, directory: Path, resume: bool, world: World) -> None:
+    """Makes the run directory and stores the configuration in it; refuses one that holds another run."""
+    file = directory / "config.json"
+    stored = file.exists()
+    if world.size > 1:
+        torch.distributed.barrier()  # all have looked before the first one writes
+    if stored and not resume:
+        raise MfpError(f"{directory} already holds a run: go on with it by --resume, or give another --output")
+    if stored:
+        config.require_same(RunConfig.from_json(file.read_text(), str(file)).identity(), str(file))
+    elif world.first:
+        write_atomically(file, config.to_json().encode())
+
+
+def make_network(config: RunConfig, data: ImageData, world: World) -> nn.Module:
+    """The network in its starting state, the same on every rank."""
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    model = build_model(config.arch, data.num_classes, config.weights, download=config.download)
+    model.to(world.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    if config.compile:
+        model.compile()
+    return model
+
+
+def make_pruner(config: RunConfig, model: nn.Module, data: ImageData, world: World) -> mfp.FilterPruner:
+    """The pruner that a configuration describes; refuses settings that would prune nothing."""
+    pruner = mfp.FilterPruner(
+        model, config.rate, criteria=config.criteria, attribute=config.attribute,
+        calibration=calibration_batches(config, data, world), mode=config.mode, interval=config.interval,
+        epochs=config.epochs, mask_bn=config.mask_bn, channel_multiple=config.channel_multiple, skip=config.skip,
+        layer_rates=config.layer_rates or None, per_layer=config.per_layer, recalibrate=config.recalibrate,
+    )  # fmt: skip
+    if not any(layer.num_pruned for layer in pruner.plan.layers):
+        raise MfpError(
+            f"--rate {config.rate} with --channel-multiple {config.channel_multiple} prunes no filter of any of the "
+            f"{len(pruner.plan.layers)} layers of {config.arch}: give a higher rate"
+        )
+    return pruner
+
+
+def calibration_batches(config: RunConfig, data: ImageData, world: World) -> list[tuple[Tensor, Tensor]]:
+    """Training images as they are, the same for every candidate and every epoch; each rank gets its share."""
+    order = epoch_order(len(data.plain), derive_seed(config.seed, "calibration"), 0)
+    batches = []
+    for number in range(min(config.calibration_batches, len(order) // config.batch)):
+        indices = order[number * config.batch : (number + 1) * config.batch][world.rank :: world.size]
+        images, targets = zip(*(data.plain[0, index] for index in indices), strict=True)
+        batches.append((torch.stack(images).to(world.device), torch.tensor(targets, device=world.device)))
+    return batches
+
+
+def _train(trainer: Trainer, resume: bool) -> None:
+    if resume:
+        trainer.resume()
+    trainer.fit()
+
+
+def _finish(
+    config: RunConfig, data: ImageData, dense: nn.Module, pruned: Trainer, directory: Path, reporter: Reporter
+) -> dict[str, Any]:
+    masked, mask = pruned.final_model.eval(), pruned.pruner.mask
+    if mask is None or mask.keep.all():
+        raise MfpError("nothing was pruned in the whole run: no pruning point came (see --interval and --epochs)")
+    example = data.example().to(pruned.world.device)
+    reporter.say("removing the pruned filters, and comparing")
+    compact = mfp.compact(masked, example)
+    mfp.save(compact, directory / "compact.mfp")
+    difference = largest_difference(masked, compact, data.test)
+    batch = data.example(64 if data.image_shape[1] <= 64 else 8).to(pruned.world.device)
+    serving = {
+        "dense": mfp.compact(dense.eval(), example, fold_bn=True),
+        "compact": mfp.compact(masked, example, fold_bn=True),
+    }
+    times = milliseconds_per_image(serving, batch)
+    networks = {"dense": dense, "masked": masked, "compact": compact}
+    result: dict[str, Any] = {
+        "config": dataclasses.asdict(config),
+        "difference": difference,
+        "digest": digest_of(masked.state_dict()),
+    }
+    for name, network in networks.items():
+        trained = name != "dense" or config.dense
+        result[name] = evaluate(network, data.test) if trained else {}
+        result[name]["flops"] = mfp.flops(network, example)
+        result[name]["parameters"] = sum(parameter.numel() for parameter in network.parameters())
+        if name in times:
+            result[name]["milliseconds"] = times[name]
+    result["timing_batch"] = len(batch)
+    result["criteria"] = [record["criterion"] for record in pruned.history if "criterion" in record]
+    result["kept"] = {layer.name: [int(mask.layer(layer.name).sum()), layer.num_filters] for layer in mask.plan.layers}
+    write_atomically(directory / "result.json", json.dumps(result, indent=2).encode())
+    if difference > LARGEST_DIFFERENCE:
+        raise MfpError(
+            f"the compact network differs from the masked one by {difference:.1e} of its largest output (allowed "
+            f"{LARGEST_DIFFERENCE:.0e}): do not use {directory / 'compact.mfp'}, and please report this"
+        )
+    return result

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+from train_helpers import tiny_config, tiny_data, tiny_trainer
+
+from mfp.errors import MfpError
+from mfp.train import engine
+from mfp.train.checkpoints import CheckpointError, checkpoint_files, digest_of, save_checkpoint
+from mfp.train.config import RunConfig
+from mfp.train.engine import Interrupted
+from mfp.train.evaluation import evaluate
+
+
+@pytest.fixture(scope="module")
+def data():
+    return tiny_data()
+
+
+def essence(trainer) -> str:
+    """A digest of all that must come out the same; the history without what a clock measured."""
+    state = trainer.state()
+    clocked = ("seconds", "images_per_second", "share_")
+    state["history"] = [{k: v for k, v in row.items() if not k.startswith(clocked)} for row in state["history"]]
+    return digest_of(state)
+
+
+def test_training_learns_and_prunes(tmp_path, data):
+    trainer = tiny_trainer(tmp_path, tiny_config(epochs=12, lr=0.1), data)
+    history = trainer.fit()
+    assert history[-1]["train_loss"] < 0.92 * history[0]["train_loss"]
+    assert history[-1]["filters_pruned"] == int(8 * 0.4) + int(12 * 0.4)
+    for name, module in (("conv1", trainer.model.conv1), ("conv2", trainer.model.conv2)):
+        zero = module.weight.flatten(1).abs().sum(1) == 0
+        assert torch.equal(zero, ~trainer.pruner.mask.layer(name))
+    rows = list(csv.DictReader((tmp_path / "epochs.csv").open()))
+    assert len(rows) == 12
+    assert rows[-1]["criterion"] in trainer.config.criteria
+    assert float(rows[-1]["top1"]) == history[-1]["top1"]
+    shares = [float(value) for key, value in rows[-1].items() if key.startswith("share_")]
+    assert len(shares) == 5
+    assert 0.3 < sum(shares) <= 1.001
+    with safe_open(tmp_path / "scores.safetensors", "pt") as file:
+        assert set(file.keys()) == set(trainer.config.criteria)
+        assert json.loads(file.metadata()["layers"])["conv2"] == [8, 12]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"mode": "hard"},
+        {"settle": 1, "recalibrate": True},
+        {"mode": "asymptotic", "ema": 0.9},
+        {"precision": "bfloat16", "mask_bn": False},
+        {"precision": "float16", "recalibrate": True},
+        {"accumulate": 3, "label_smoothing": 0.1, "warmup_epochs": 1, "nesterov": True},
+        {"workers": 2},
+    ],
+    ids=str,
+)
+def test_cut_at_every_step_and_resumed_to_the_same_bits(tmp_path, data, settings):
+    config = tiny_config(checkpoint_every=1, **settings)
+    whole = tiny_trainer(tmp_path / "whole", config, data)
+    copies = tmp_path / "copies"
+
+    def save_and_copy(directory, step, state):
+        path = save_checkpoint(directory, step, state)
+        (copies / path.stem).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copies / path.stem)
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "save_checkpoint", save_and_copy)
+        whole.fit()
+    cuts = sorted(copies.iterdir())
+    assert len(cuts) == 8
+    for cut in cuts if not settings else cuts[::3]:
+        resumed = tiny_trainer(cut, config, data)
+        assert resumed.resume()
+        assert essence(resumed) != essence(whole) or cut == cuts[-1]
+        resumed.fit()
+        assert essence(resumed) == essence(whole), cut.name
+
+
+def test_workers_do_not_change_the_result(tmp_path, data):
+    results = []
+    for workers in (0, 2):
+        trainer = tiny_trainer(tmp_path / str(workers), tiny_config(workers=workers, epochs=1), data)
+        trainer.fit()
+        results.append(essence(trainer))
+    assert results[0] == results[1]
+
+
+def test_one_epoch_more_is_not_the_same(tmp_path, data):
+    """Guards the comparisons above: what they compare does change with every step."""
+    seen = set()
+    trainer = tiny_trainer(tmp_path, tiny_config(checkpoint_every=1), data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "save_checkpoint", lambda *args: seen.add(essence(trainer)))
+        trainer.fit()
+    assert len(seen) == 8
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [1, 4, 6])
+def test_a_signal_leaves_a_usable_checkpoint(tmp_path, data, number, at, monkeypatch):
+    whole = tiny_trainer(tmp_path / "whole", tiny_config(), data)
+    whole.fit()
+    trainer = tiny_trainer(tmp_path / "cut", tiny_config(), data)
+    update = trainer._update
+
+    def update_and_signal():
+        if trainer.step + 1 == at:
+            os.kill(os.getpid(), number)
+        update()
+
+    monkeypatch.setattr(trainer, "_update", update_and_signal)
+    handler = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=f"stopped by {signal.Signals(number).name}") as stop:
+        trainer.fit()
+    assert stop.value.path.exists()
+    assert signal.getsignal(number) == handler
+    resumed = tiny_trainer(tmp_path / "cut", tiny_config(), data)
+    assert resumed.resume()
+    assert resumed.step == at
+    resumed.fit()
+    assert essence(resumed) == essence(whole)
+
+
+def test_killed_again_and_again(tmp_path, data):
+    """SIGKILL at random moments, writes included: the end is that of the run that was never stopped."""
+    config = tiny_config(epochs=4, checkpoint_every=1)
+    whole = tiny_trainer(tmp_path / "whole", config, data)
+    start = time.perf_counter()
+    whole.fit()
+    step_seconds = (time.perf_counter() - start) / whole.step
+    rng, kills = random.Random(0), 0
+    while True:
+        child = os.fork()
+        if child == 0:
+            try:
+                trainer = tiny_trainer(tmp_path / "killed", config, data)
+                trainer.resume()
+                trainer.fit()
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        if kills < 50:
+            time.sleep(rng.uniform(0.0, 3 * step_seconds))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        kills += 1
+        assert kills <= 50
+    assert kills > 10
+    resumed = tiny_trainer(tmp_path / "killed", config, data)
+    assert resumed.resume()
+    assert essence(resumed) == essence(whole)
+
+
+def test_a_corrupt_newest_checkpoint_falls_back(tmp_path, data):
+    config = tiny_config()
+    whole = tiny_trainer(tmp_path, config, data)
+    whole.fit()
+    newest = checkpoint_files(tmp_path)[-1]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    resumed = tiny_trainer(tmp_path, config, data)
+    assert resumed.resume()
+    assert resumed.epoch == 1
+    resumed.fit()
+    assert essence(resumed) == essence(whole)
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path, data, capsys):
+    trainer = tiny_trainer(tmp_path, tiny_config(checkpoint_every=1), data)
+    trainer.reporter = engine.Reporter()
+    calls = []
+
+    def fails_at_first(directory, step, state):
+        calls.append(step)
+        if step < 8:
+            raise CheckpointError(
+                f"cannot write {directory} (9 bytes): No space left on device; nothing older was touched"
+            )
+        return save_checkpoint(directory, step, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "save_checkpoint", fails_at_first)
+        trainer.fit()
+    assert calls == list(range(1, 9))
+    assert "No space left on device; nothing older was touched; training goes on" in capsys.readouterr().err
+    assert [path.name for path in checkpoint_files(tmp_path)] == ["step-00000008.safetensors"]
+    with pytest.MonkeyPatch.context() as patch:  # but the last one must be written
+        patch.setattr(engine, "save_checkpoint", lambda *args: fails_at_first(args[0], 0, {}))
+        with pytest.raises(CheckpointError, match="No space left"):
+            tiny_trainer(tmp_path / "2", tiny_config(), data).fit()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, data):
+    trainer = tiny_trainer(tmp_path, tiny_config(lr=1e20, checkpoint_every=1), data)
+    with pytest.raises(
+        MfpError, match=r"the loss is (nan|inf) at epoch 1, batch \d: .* try a lower --lr \(now 1e\+20\)"
+    ):
+        trainer.fit()
+    for path in checkpoint_files(tmp_path):  # what was saved before is finite
+        state = engine.load_newest(path.parent).state
+        assert all(torch.isfinite(value).all() for value in state["totals"])
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, data):
+    tiny_trainer(tmp_path, tiny_config(epochs=1), data).fit()
+    with pytest.raises(MfpError, match=r"is of another run: it has lr 0.05 instead of 0.2"):
+        tiny_trainer(tmp_path, tiny_config(epochs=1, lr=0.2), data).resume()
+    assert tiny_trainer(tmp_path, tiny_config(epochs=1, device="cpu", timeout=5.0), data).resume()
+    assert not tiny_trainer(tmp_path / "empty", tiny_config(), data).resume()
+
+
+def test_a_batch_larger_than_the_data(tmp_path, data):
+    with pytest.raises(MfpError, match="--batch 96 is more than the 48 images"):
+        tiny_trainer(tmp_path, tiny_config(batch=96), data, prune=False)
+
+
+def test_evaluation_counts_every_image_once(data):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10)).train()
+    metrics = evaluate(model, data.test, batch=7)
+    assert metrics["images"] == 20
+    assert model.training
+    images = torch.stack([data.test[0, i][0] for i in range(20)])
+    targets = torch.tensor([data.test[0, i][1] for i in range(20)])
+    outputs = model(images)
+    assert metrics["top1"] == pytest.approx(100 * (outputs.argmax(1) == targets).double().mean().item())
+    assert metrics["loss"] == pytest.approx(torch.nn.functional.cross_entropy(outputs, targets).item(), rel=1e-5)
+
+
+def test_learning_rates():
+    def rates(**settings):
+        config = RunConfig(epochs=4, lr=1.0, **settings)
+        return [config.learning_rate(step, 2) for step in range(8)]
+
+    assert rates(schedule="constant") == [1.0] * 8
+    assert rates(schedule="step", milestones=(1, 3), gamma=0.1) == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01])
+    cosine = rates()
+    assert cosine[0] == 1.0
+    assert cosine == sorted(cosine, reverse=True)
+    assert cosine[4] == pytest.approx(0.5)
+    assert rates(warmup_epochs=2)[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rate": 1.0}, "--rate must be at least 0 and below 1, not 1.0"),
+        ({"rate": -0.1}, "--rate must be"),
+        ({"mode": "firm"}, "--mode must be one of soft, hard, asymptotic, cubic, not firm"),
+        ({"epochs": 0}, "--epochs must be at least 1, not 0"),
+        ({"lr": float("nan")}, "--lr must be above 0, not nan"),
+        ({"criteria": ()}, "--criteria must be at least one name"),
+        ({"precision": "int8"}, "--precision must be one of float32, bfloat16, float16, not int8"),
+        ({"batch": 10, "accumulate": 3}, "--batch 10 cannot be cut into --accumulate 3 equal parts"),
+        ({"schedule": "cosine", "warmup_epochs": 20}, "--warmup-epochs must be below --epochs"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(MfpError, match=message):
+        RunConfig(**settings)
+
+
+def test_configuration_round_trips_and_knows_its_own():
+    config = tiny_config(layer_rates={"conv1": 0.1}, milestones=(1, 2))
+    assert RunConfig.from_json(config.to_json()) == config
+    with pytest.raises(MfpError, match="unknown settings colour"):
+        RunConfig.from_json('{"colour": 1}')
+    with pytest.raises(MfpError, match="c.json is not the configuration of a run"):
+        RunConfig.from_json("{", "c.json")

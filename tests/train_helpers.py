@@ -1,0 +1,67 @@
+"""A network and a data set so small that a whole run takes a fraction of a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import mfp
+from mfp.train.config import RunConfig
+from mfp.train.data import ImageData, SeededDataset, load_data
+from mfp.train.distributed import World
+from mfp.train.engine import Trainer
+from mfp.train.progress import Reporter
+from mfp.train.run import calibration_batches
+
+
+class TinyNet(nn.Module):
+    """Two convolutions with BatchNorm, and a dropout that makes every step depend on the random state."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 5, stride=4, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 12, 3, bias=False)
+        self.bn2 = nn.BatchNorm2d(12)
+        self.dropout = nn.Dropout(0.1)
+        self.fc = nn.Linear(12, num_classes)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.bn2(self.conv2(x)))
+        return self.fc(self.dropout(torch.flatten(torch.nn.functional.adaptive_avg_pool2d(x, 1), 1)))
+
+
+def tiny_data(train: int = 48, test: int = 20, seed: int = 0) -> ImageData:
+    """The first few digits, with the real augmentation."""
+    data = load_data("digits", seed)
+
+    def part(view: SeededDataset, size: int) -> SeededDataset:
+        return SeededDataset(view.source[:size], view.transform, view.seed, view.random)
+
+    return ImageData(part(data.train, train), part(data.plain, train), part(data.test, test), 10, data.image_shape)
+
+
+def tiny_config(**settings) -> RunConfig:
+    return RunConfig(
+        **{"epochs": 2, "batch": 12, "lr": 0.05, "calibration_batches": 2, "channels_last": False, **settings}
+    )
+
+
+def tiny_trainer(
+    directory: Path, config: RunConfig, data: ImageData, *, prune: bool = True, world: World | None = None
+) -> Trainer:
+    """A trainer in its starting state, the same each time."""
+    world = world or World()
+    torch.manual_seed(7)
+    model = TinyNet().to(world.device)
+    pruner = None
+    if prune:
+        pruner = mfp.FilterPruner(
+            model, config.rate, criteria=config.criteria, attribute=config.attribute, mode=config.mode,
+            calibration=calibration_batches(config, data, world), interval=config.interval, epochs=config.epochs,
+            mask_bn=config.mask_bn, recalibrate=config.recalibrate,
+        )  # fmt: skip
+    return Trainer(config, data, model, directory, pruner, world, Reporter(quiet=True))
