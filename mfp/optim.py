@@ -1,7 +1,7 @@
 """Optimisers whose step keeps pruned filters at zero: the update and the mask in one pass over memory.
 
-:class:`MaskedSGD` and :class:`MaskedAdamW` are ``torch.optim.SGD`` and ``torch.optim.AdamW`` with another ``step``: same
-arguments, parameter groups and state. The rows of pruned filters are zero in the weights and in the optimiser's state;
+:class:`MaskedSGD` and :class:`MaskedAdamW` are ``torch.optim.SGD`` and ``torch.optim.AdamW`` with another ``step``:
+same arguments, parameter groups and state. The rows of pruned filters are zero in the weights and in the optimiser's state;
 a step does not touch them, so that pruning makes a step cheaper instead of dearer.
 """
 
@@ -23,6 +23,7 @@ class _MaskedStep:
     """What both optimisers share: the mask, and which rows of which parameters it means."""
 
     _STATE: tuple[str, ...]  # per-weight state by its name in torch's optimiser
+    _mask: FilterMask | None = None
 
     def _start(self, mask: FilterMask | None, mask_bn: bool) -> None:
         self._mask_bn = mask_bn
@@ -38,7 +39,9 @@ class _MaskedStep:
         spans = {} if mask is None else {id(p): (o, rows) for p, o, rows in mask.parameters(self._mask_bn)}
         owned = [p for group in self.param_groups for p in group["params"] if id(p) in spans]
         if spans and not owned:
-            raise MfpError(f"{type(self).__name__}: the mask belongs to a model of which no parameter is optimised here")
+            raise MfpError(
+                f"{type(self).__name__}: the mask belongs to a model of which no parameter is optimised here"
+            )
         self._mask = mask
         self._spans = spans
         self._masked = owned
@@ -50,16 +53,17 @@ class _MaskedStep:
         self._parts: dict[Any, tuple[list[Tensor], list[int], list[int]]] = {}
         self._keep: Tensor | None = None
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # load_state_dict ends here
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_mask": self._mask, "_mask_bn": self._mask_bn}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, and at the end of load_state_dict
         super().__setstate__(state)
-        if "_spans" in self.__dict__:
-            self._forget()
+        self.mask = self._mask
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim; the mask holds for the new parameters too."""
         super().add_param_group(param_group)
-        if "_spans" in self.__dict__:
-            self.mask = self._mask
+        self.mask = self._mask
 
     def _apply_mask_(self) -> None:
         """Zero pruned rows if the mask, a masked weight, or the state was changed by anyone but this optimiser."""

@@ -1,7 +1,9 @@
 // The optimisers' arithmetic, written once and compiled once per instruction set (vector.h).
 //
-// Products and sums are joined (FMA) exactly where torch's own single-tensor steps join them, so that both give the
-// same bits. The compiler joins a * b + c by itself; `apart` keeps it from that.
+// SGD joins products and sums (FMA) exactly where torch's single-tensor step joins them, so that both give the same bits;
+// AdamW agrees to about 1e-7. The compiler joins a * b + c by itself; `apart` keeps it from that.
+#include <algorithm>
+
 #include "cpu/optim.h"
 #include "cpu/vector.h"
 
@@ -104,15 +106,30 @@ struct Float16 {
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
+// The hardware guesses that a stream of memory goes on, which is wrong at every pruned row: it is told what comes next.
+inline void prefetch_row(const Parameter& p, int64_t row) {
+  constexpr int64_t kLine = 64, kMostLines = 16;
+  const int64_t bytes = p.row_size * (p.dtype == DType::float32 ? 4 : 2);
+  for (int64_t at = row * bytes, end = at + std::min(bytes, kMostLines * kLine); at < end; at += kLine) {
+    __builtin_prefetch(static_cast<const char*>(p.values) + at, 1);
+    __builtin_prefetch(static_cast<const char*>(p.gradient) + at);
+    __builtin_prefetch(static_cast<const char*>(p.first) + at, 1);
+  }
+}
+
 // Calls visit(first element, one past the last) for each run of kept rows in [begin, end).
 template <class Visit>
 inline void each_kept_run(const Parameter& p, int64_t begin, int64_t end, Visit visit) {
   if (p.keep == nullptr) return visit(begin * p.row_size, end * p.row_size);
-  for (int64_t row = begin; row < end;) {
-    if (!p.keep[row++]) continue;
-    const int64_t run = row - 1;
-    while (row < end && p.keep[row]) ++row;
-    visit(run * p.row_size, row * p.row_size);
+  const auto find = [&](int64_t row, bool kept) {
+    while (row < end && p.keep[row] != kept) ++row;
+    return row;
+  };
+  for (int64_t run = find(begin, true); run < end;) {
+    const int64_t run_end = find(run, false), next = find(run_end, true);
+    if (next < end) prefetch_row(p, next);
+    visit(run * p.row_size, run_end * p.row_size);
+    run = next;
   }
 }
 
