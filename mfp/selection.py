@@ -119,7 +119,8 @@ def prune_filters_(plan: FilterPlan, criterion: str, *, mask_bn: bool = True, ba
         mask_bn: zero the pruned filters' biases and BatchNorm entries too.
 
     Raises:
-        MfpError: weights that are not finite; nothing is zeroed then.
+        MfpError: weights that are not finite; nothing is zeroed then. Not looked at while a CUDA graph is captured: the
+            op itself then leaves layers with such weights alone.
     """
     (known,) = check_criteria((criterion,))
     if any(layer.group is not None for layer in plan.layers):  # ranked across layers, which the op does not do
@@ -138,5 +139,6 @@ def prune_filters_(plan: FilterPlan, criterion: str, *, mask_bn: bool = True, ba
             0,
             backend,
         )
-    require_finite(plan, scores)
+    if not (keep.is_cuda and torch.cuda.is_current_stream_capturing()):  # a look at the scores waits for the GPU
+        require_finite(plan, scores)
     return FilterMask(plan, keep)
