@@ -55,31 +55,34 @@ struct Lost {
   uint32_t products = 0, directions = 0;
 };
 
-// Pairs of the thread's rows kFirst to kFirst + kCount from their products; where these cancel, lost.directions says so.
-template <int kFirst, int kCount>
+// Pairs from their products, half of the thread's rows at a time; where these cancel too, lost.directions says so.
 __device__ inline void set_from_products(const ScoredLayer& layer, const Tile& tile, BlockMemory& memory, bool hybrid,
                                          Lost& lost, Cosines& cosines) {
-  SumsOf<kCount> dot, part;
-  dot.clear();
-  part.clear();
-  for_each_stage(layer, tile, memory, [&](const float* rows, const float* columns, int64_t stage) {
-    for_each_pair<kFirst, kCount>(rows, columns, [&](int i, int j, float a, float b) {
-      part.at[i - kFirst][j] = fmaf(a, b, part.at[i - kFirst][j]);
+  constexpr int kHalf = kRows / 2;
+#pragma unroll 1
+  for (int first = 0; first < kRows; first += kHalf) {
+    SumsOf<kHalf> dot, part;
+    dot.clear();
+    part.clear();
+    for_each_stage(layer, tile, memory, [&](const float* rows, const float* columns, int64_t stage) {
+      for_each_pair<kHalf>(rows + (Tile::row(first) - Tile::row(0)) * kStride, columns,
+                           [&](int i, int j, float a, float b) { part.at[i][j] = fmaf(a, b, part.at[i][j]); });
+      if (stage % kStagesPerBlock == kStagesPerBlock - 1) dot.take(part);
     });
-    if (stage % kStagesPerBlock == kStagesPerBlock - 1) dot.take(part);
-  });
-  dot.take(part);
+    dot.take(part);
 #pragma unroll
-  for (int i = kFirst; i < kFirst + kCount; ++i) {
-    const Direction a = direction(memory, Tile::row(i));
+    for (int i = 0; i < kRows; ++i) {  // registers cannot be indexed by `first`: look at all
+      if (i / kHalf * kHalf != first) continue;
+      const Direction a = direction(memory, Tile::row(i));
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      const uint32_t bit = 1u << (i * kColumns + j);
-      if ((lost.products & bit) == 0) continue;
-      const Direction b = direction(memory, kTile + Tile::column(j));
-      const float distance = 1.0f - dot.at[i - kFirst][j] * a.inverse * b.inverse;
-      cosines.set(i, j, distance);
-      if (distance < kCancelled || (hybrid && distance > 2.0f - kCancelled)) lost.directions |= bit;
+      for (int j = 0; j < kColumns; ++j) {
+        const uint32_t bit = 1u << (i * kColumns + j);
+        if ((lost.products & bit) == 0) continue;
+        const Direction b = direction(memory, kTile + Tile::column(j));
+        const float distance = 1.0f - dot.at[i % kHalf][j] * a.inverse * b.inverse;
+        cosines.set(i, j, distance);
+        if (distance < kCancelled || (hybrid && distance > 2.0f - kCancelled)) lost.directions |= bit;
+      }
     }
   }
 }
@@ -144,10 +147,7 @@ __device__ inline void find_cosines(const ScoreArguments& arguments, const Score
       cosines.set(i, j, distance);
     }
   }
-  if (__syncthreads_or(lost.products != 0)) {
-    set_from_products<0, kRows / 2>(layer, tile, memory, hybrid, lost, cosines);
-    set_from_products<kRows / 2, kRows / 2>(layer, tile, memory, hybrid, lost, cosines);
-  }
+  if (__syncthreads_or(lost.products != 0)) set_from_products(layer, tile, memory, hybrid, lost, cosines);
   set_from_directions(layer, tile, memory, lost.directions, cosines);
 }
 

@@ -107,8 +107,8 @@ __device__ inline void for_each_stage(const ScoredLayer& layer, const Tile& tile
   }
 }
 
-// Calls add(i, j, a_k, b_k) for the pairs of this thread with kFirst <= i < kFirst + kCount and all k of a stage.
-template <int kFirst, int kCount, class Add>
+// Calls add(i, j, a_k, b_k) for the pairs (i, j) of this thread with i < kCount and all k of a stage.
+template <int kCount, class Add>
 __device__ inline void for_each_pair(const float* rows, const float* columns, Add add) {
 #pragma unroll 2
   for (int k = 0; k < kDepth; k += 4) {
@@ -116,7 +116,7 @@ __device__ inline void for_each_pair(const float* rows, const float* columns, Ad
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) b[j] = *reinterpret_cast<const float4*>(columns + Tile::column(j) * kStride + k);
 #pragma unroll
-    for (int i = kFirst; i < kFirst + kCount; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       const float4 a = *reinterpret_cast<const float4*>(rows + Tile::row(i) * kStride + k);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
@@ -159,7 +159,7 @@ __device__ inline void sum_differences(const ScoredLayer& layer, const Tile& til
   part1.clear();
   part2.clear();
   for_each_stage(layer, tile, memory, [&](const float* rows, const float* columns, int64_t stage) {
-    for_each_pair<0, kRows>(rows, columns, [&](int i, int j, float a, float b) {
+    for_each_pair<kRows>(rows, columns, [&](int i, int j, float a, float b) {
       const float difference = a - b;
       if (kL1) part1.at[i][j] += fabsf(difference);
       if (kL2) part2.at[i][j] = fmaf(difference, difference, part2.at[i][j]);

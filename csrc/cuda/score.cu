@@ -9,7 +9,7 @@
 namespace mfp::cuda {
 namespace {
 
-template <bool kL1, bool kL2, bool kCosine>
+template <bool kL1, bool kL2>
 __device__ void score_pairs(const ScoreArguments& arguments, const ScoredLayer& layer, int64_t item,
                             BlockMemory& memory) {
   const Tile tile(layer, item);
@@ -27,8 +27,7 @@ __device__ void score_pairs(const ScoreArguments& arguments, const ScoredLayer& 
     const float distance = scaled ? l2.at[i][j] : sqrtf(l2.at[i][j]);
     return make_float2(distance, distance);
   });
-  if (!kCosine) return;
-  if (arguments.cosine < 0 && arguments.hybrid < 0) return;
+  if (!kL1 || (arguments.cosine < 0 && arguments.hybrid < 0)) return;
   Cosines cosines;
   find_cosines(arguments, layer, tile, memory, l2, scaled, cosines);
   store(arguments.cosine, [&](int i, int j) { return make_float2(cosines.distance(i, j), cosines.distance(i, j)); });
@@ -74,8 +73,8 @@ __device__ void leave(const ScoreArguments& arguments, BlockMemory& memory) {
 
 // Blocks a multiprocessor: as many as the registers of the sums allow without spilling. Two are enough: a warp has 32
 // independent sums to work on, and a barrier comes once in 3,000 instructions.
-template <bool kL1, bool kL2, bool kCosine, bool kPowers>
-__global__ void __launch_bounds__(kThreads, kCosine ? 2 : kL1 || kL2 ? 3 : 4)
+template <bool kL1, bool kL2>
+__global__ void __launch_bounds__(kThreads, kL1 && kL2 ? 2 : kL1 || kL2 ? 3 : 4)
     score_kernel(const ScoreArguments arguments) {
   MFP_SHARED_BYTES(bytes);
   BlockMemory& memory = *reinterpret_cast<BlockMemory*>(bytes);
@@ -96,8 +95,8 @@ __global__ void __launch_bounds__(kThreads, kCosine ? 2 : kL1 || kL2 ? 3 : 4)
       score_norms(arguments, layer, item);
       arrive(arguments.norm_arrivals(layer), 0, &memory.flag);
     } else if (segment.step == Step::pairs) {
-      if (kL1 || kL2) score_pairs<kL1, kL2, kCosine>(arguments, layer, item, memory);
-    } else if (kPowers) {
+      if (kL1 || kL2) score_pairs<kL1, kL2>(arguments, layer, item, memory);
+    } else if (kL1 && kL2) {
       score_powers(arguments, layer, item, segment.request, memory);
     }
     if (arrive(arguments.arrivals(layer), layer.items, &memory.flag)) finish_layer(arguments, layer, memory);
@@ -107,15 +106,14 @@ __global__ void __launch_bounds__(kThreads, kCosine ? 2 : kL1 || kL2 ? 3 : 4)
 
 using Kernel = void (*)(ScoreArguments);
 
+// One for everything, and three that are faster or smaller for one thing alone.
 Kernel choose_kernel(const ScorePlan& plan) {
   const bool l1 = plan.arguments.l1 >= 0, l2 = plan.arguments.l2 >= 0;
   const bool cosine = plan.arguments.cosine >= 0 || plan.arguments.hybrid >= 0;
-  if (plan.powers) return score_kernel<true, true, true, true>;
-  if (l1 && (l2 || cosine)) return score_kernel<true, true, true, false>;
-  if (cosine) return score_kernel<false, true, true, false>;
-  if (l1) return score_kernel<true, false, false, false>;
-  if (l2) return score_kernel<false, true, false, false>;
-  return score_kernel<false, false, false, false>;
+  if (cosine || plan.powers || (l1 && l2)) return score_kernel<true, true>;
+  if (l1) return score_kernel<true, false>;
+  if (l2) return score_kernel<false, true>;
+  return score_kernel<false, false>;
 }
 
 // As many blocks as fit on the device at once, or one an item.
