@@ -31,7 +31,7 @@ from mfp.errors import MfpError
 VERSION = 1
 
 _LISTS = {
-    "torch": (torch, """abs add amax amin bmm cat chunk clamp concat cos div exp flatten float16 floor_divide index_select
+    "torch": (torch, """abs add amax amin bmm cat chunk clamp concat cos cumsum div exp flatten float16 floor_divide index_select
         log log_softmax matmul mean mul narrow neg permute pow relu reshape rsqrt sigmoid sin softmax split sqrt square
         squeeze stack sub sum tanh transpose unsqueeze"""),
     "functional": (F, """adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d

@@ -70,8 +70,9 @@ def record_shapes(traced: fx.GraphModule, arguments: dict[str, Any]) -> Any:
 
 
 def finish(build: Builder, name: str, fold_bn: bool) -> fx.GraphModule:
+    must_run = {node.name for node in build.must_run}
     small = fx.GraphModule(build.root, build.graph, f"Compact{name.removeprefix('Compact')}")
-    small.graph.eliminate_dead_code()
+    small.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.name in must_run)
     small.graph.lint()
     absorb_constants(small)
     if fold_bn:

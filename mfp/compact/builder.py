@@ -35,8 +35,10 @@ class Builder:
         self.pieces: dict[fx.Node, Any] = {}  # Piece, list of Pieces, or a plain Python value
         self.origin: dict[str, tuple[Tensor | None, Tensor | None, int, int]] = {}
         self.sources: dict[str, nn.Parameter] = {}
-        self.shared: dict[int, Any] = {}
-        self.expanded: dict[fx.Node, list[str]] = {}
+        self.shared: dict[int, Any] = {}  # by id of the original module: how it was cut
+        self.kept: dict[int, str] = {}  # by id of the original module: the name of its copy
+        self.expanded: dict[fx.Node, list[str]] = {}  # reader: what was widened for it
+        self.must_run: set[fx.Node] = set()  # nodes that may work in place: no dead code, even without readers
 
     # ---- reading inputs
 
@@ -108,58 +110,66 @@ class Builder:
 
         return fx.map_arg(argument, convert)
 
-    def emit(self, node: fx.Node, args: Any, kwargs: Any, module: nn.Module | None = None) -> fx.Node | Any:
+    def emit(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node | Any:
         """Copies a node with these arguments; plain arithmetic on plain numbers is done at once."""
         if node.op == "call_module":
-            name = node.target if module is None else self.add(node.target, module)
-            if module is None:
-                self.keep_module(node.target)
-            return self.graph.create_node("call_module", name, args, kwargs, node.name)
+            name = self.keep_module(node.target, as_is=node in self.network.opaque)
+            return self.create(node, name, args, kwargs)
         values = [*args, *kwargs.values()]
         if node.op == "call_function" and getattr(operator, node.target.__name__, None) is node.target:
             if all(isinstance(v, int | float | bool) for v in values):
                 return node.target(*args, **kwargs)
         if node.op == "get_attr":
             self.keep_attribute(node.target)
-        return self.graph.create_node(node.op, node.target, args, kwargs, node.name)
+        return self.create(node, node.target, args, kwargs)
+
+    def create(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        """A node of the same kind and name as the original one."""
+        new = self.graph.create_node(node.op, target, args, kwargs, node.name)
+        if node in self.network.opaque:
+            self.must_run.add(new)
+        return new
 
     def call(self, name: str, module: nn.Module, args: tuple) -> fx.Node:
+        """Calls a module that the original network does not have."""
+        while name in self.network.modules:
+            name += "_"
         return self.graph.call_module(self.add(name, module), args)
 
     def add(self, name: str, module: nn.Module) -> str:
         """Registers a module under a dotted name that is still free, with the containers on the way."""
-        parent, (*path, last) = self.root, name.split(".")
-        for part in path:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent._modules[part]
+        path, _, last = name.rpartition(".")
+        parent = self.container(path)
         while hasattr(parent, last):
             last += "_"
         parent.add_module(last, module)
-        return ".".join([*path, last])
+        return f"{path}.{last}" if path else last
 
-    def keep_module(self, target: str) -> None:
-        """Copies a module of the original network as it is, once."""
-        original = self.network.modules[target]
-        if id(original) in self.shared or target in dict(self.root.named_modules()):
-            return
-        module = copy.deepcopy(original)
-        for part in module.modules():
-            if getattr(part, "inplace", False) is True:
-                part.inplace = False
-        self.add(target, module)
-        for name, parameter in original.named_parameters():
-            self.sources[f"{target}.{name}"] = parameter
-
-    def keep_attribute(self, target: str) -> None:
-        *path, last = target.split(".")
-        original: Any = self.network.modules[".".join(path)]
-        value = getattr(original, last)
+    def container(self, path: str) -> nn.Module:
         parent = self.root
-        for part in path:
+        for part in path.split(".") if path else ():
             if part not in parent._modules:
                 parent.add_module(part, nn.Module())
             parent = parent._modules[part]
+        return parent
+
+    def keep_module(self, target: str, as_is: bool) -> str:
+        """Copies a module of the original network as it is, once; the name it has now."""
+        original = self.network.modules[target]
+        if id(original) not in self.kept:
+            module = copy.deepcopy(original)
+            for part in module.modules():
+                if getattr(part, "inplace", False) is True and not as_is:
+                    part.inplace = False
+            name = self.kept[id(original)] = self.add(target, module)
+            for key, parameter in original.named_parameters():
+                self.sources[f"{name}.{key}"] = parameter
+        return self.kept[id(original)]
+
+    def keep_attribute(self, target: str) -> None:
+        path, _, last = target.rpartition(".")
+        value = getattr(self.network.modules[path], last)
+        parent = self.container(path)
         if hasattr(parent, last):
             return
         if isinstance(value, nn.Parameter):

@@ -45,7 +45,8 @@ class Network:
     opaque: dict[fx.Node, str] = field(default_factory=dict)
     channels: dict[fx.Node, Any] = field(default_factory=dict)
     demand: dict[fx.Node, Any] = field(default_factory=dict)
-    calls: dict[int, list[fx.Node]] = field(default_factory=dict)
+    calls: dict[int, list[fx.Node]] = field(default_factory=dict)  # by id of the module
+    facts: dict[int, Any] = field(default_factory=dict)  # by id of the module: what its weights say
 
     def module(self, node: fx.Node) -> nn.Module:
         return self.modules[node.target]

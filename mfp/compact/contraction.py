@@ -89,7 +89,7 @@ class Contraction(Rule):
             return None
         groups = groups_of(module)
         const = net.channels_at(source, dim).const.view(groups, 1, -1)  # [groups, 1, in / groups]
-        nonzero, sums = self.weight_facts(module)
+        nonzero, sums = self.weight_facts(net, module)
         moving = const.isnan() | ((const != 0) & varies_at_border(module))
         live = (nonzero & moving).any(-1)  # [groups, out / groups]
         value = (sums * const.nan_to_num()).sum(-1)
@@ -103,7 +103,7 @@ class Contraction(Rule):
         calls = net.call_nodes(node)
         if len(calls) > 1:  # one set of filters for all calls: whatever one of them needs
             net.demand[node].fill_(True)
-        nonzero, _ = self.weight_facts(net.module(node))
+        nonzero, _ = self.weight_facts(net, net.module(node))
         kept = net.kept(node).view(nonzero.shape[0], -1, 1)
         if len(calls) > 1:
             kept = torch.stack([net.channels[call].live for call in calls]).any(0).view_as(kept)
@@ -117,12 +117,14 @@ class Contraction(Rule):
         return ndim - 1 if isinstance(module, nn.Linear) else ndim - len(module.kernel_size) - 1
 
     @staticmethod
-    def weight_facts(module: nn.Module) -> tuple[Tensor, Tensor]:
+    def weight_facts(net: Network, module: nn.Module) -> tuple[Tensor, Tensor]:
         """Which weights [groups, out / groups, in / groups] are not zero, and their sums over the kernel."""
-        groups = groups_of(module)
-        rows = to_rows(module.weight.detach().cpu(), groups, is_transposed(module))
-        rows = rows.reshape(groups, rows.shape[0] // groups, rows.shape[1], -1)
-        return (rows != 0).any(-1), rows.double().sum(-1)
+        if id(module) not in net.facts:
+            groups = groups_of(module)
+            rows = to_rows(module.weight.detach(), groups, is_transposed(module))
+            rows = rows.reshape(groups, rows.shape[0] // groups, rows.shape[1], -1)
+            net.facts[id(module)] = (rows != 0).any(-1).cpu(), rows.sum(-1, dtype=torch.float64).cpu()
+        return net.facts[id(module)]
 
     def shrink(self, build: Builder, node: fx.Node) -> Any:
         net, module, source = build.network, build.network.module(node), input_node(node)
@@ -146,7 +148,7 @@ class Contraction(Rule):
         kept = torch.stack([net.kept(call) for call in calls]).any(0)
         if not kept.any():
             kept[0] = True
-        nonzero, _ = self.weight_facts(module)
+        nonzero, _ = self.weight_facts(net, module)
         wanted = (nonzero & kept.view(groups, -1, 1)).any(1).flatten()  # input channels these filters read
         live = torch.zeros_like(wanted)
         first = net.channels_at(source, dim).const
@@ -154,10 +156,12 @@ class Contraction(Rule):
             const = net.channels_at(input_node(call), dim).const
             live |= const.isnan() | (const != first)  # folded only where all calls see the same constant
         wanted &= live
-        if groups > 1:
-            return grouped_cut(kept.view(groups, -1), wanted.view(groups, -1))
         piece_ids = build.pieces[source].ids
         present = torch.arange(module_inputs(module)) if piece_ids is None else piece_ids
+        if groups > 1:
+            at_hand = torch.isin(torch.arange(module_inputs(module)), present)
+            constant = first.nan_to_num() != 0
+            return grouped_cut(*(mask.view(groups, -1) for mask in (kept, wanted, constant, at_hand)))
         layout = wanted.nonzero().flatten()
         enough = torch.isin(layout, present).all()
         if len(calls) == 1 and enough and len(layout) > 0.9 * len(present):
@@ -203,25 +207,32 @@ def module_inputs(module: nn.Module) -> int:
     return module.in_features if isinstance(module, nn.Linear) else module.in_channels
 
 
-def grouped_cut(kept: Tensor, wanted: Tensor) -> Cut:
-    """Groups without a kept filter go; the others get equal numbers of filters and inputs, filled up with -1."""
-    groups, per_out = kept.shape
-    per_in = wanted.shape[1]
-    alive = kept.any(1).nonzero().flatten().tolist()
-    most_out = int(kept.sum(1).max())
-    most_in = max(int(wanted[alive].sum(1).max()), 1)
-    rows, columns, layout = [], [], []
-    for group in alive:
-        own_rows = pad(kept[group].nonzero().flatten(), most_out)
-        own_columns = pad(wanted[group].nonzero().flatten(), most_in)
-        rows.append(torch.where(own_rows >= 0, own_rows + group * per_out, -1))
-        columns.append(own_columns.expand(most_out, -1))
-        layout.append(torch.where(own_columns >= 0, own_columns + group * per_in, -1))
-    return Cut(torch.cat(rows), torch.cat(columns), torch.cat(layout), len(alive))
+def grouped_cut(kept: Tensor, wanted: Tensor, constant: Tensor, present: Tensor) -> Cut:
+    """Groups without a kept filter go; the others get equal numbers of filters and of inputs.
+
+    kept [groups, out / groups]; [groups, in / groups]: wanted, inputs that are read; constant, inputs with a constant
+    that is not zero; present, inputs at hand. Groups with fewer inputs than others are filled up with constants (they
+    need no border map then), with what is at hand, or with slots of zeros (-1).
+    """
+    per_out, per_in = kept.shape[1], wanted.shape[1]
+    alive = kept.any(1).nonzero().flatten()
+    most_out, most_in = int(kept.sum(1).max()), max(int(wanted[alive].sum(1).max()), 1)
+    rows = first_choices([kept], most_out, fill=True)[alive]
+    columns = first_choices([wanted, constant, present], most_in, fill=False)[alive]
+    layout = torch.where(columns >= 0, columns + alive[:, None] * per_in, -1).flatten()
+    rows = (rows + alive[:, None] * per_out).flatten()
+    return Cut(rows, columns.repeat_interleave(most_out, dim=0), layout, len(alive))
 
 
-def pad(ids: Tensor, length: int) -> Tensor:
-    return torch.cat([ids, ids.new_full((length - len(ids),), -1)])
+def first_choices(choices: list[Tensor], count: int, fill: bool) -> Tensor:
+    """``count`` places per row, in order: first those of choices[0], then of choices[1], ...; then any, or -1."""
+    rank = torch.full(choices[0].shape, len(choices))
+    for place, choice in reversed(list(enumerate(choices))):
+        rank[choice] = place
+    order = rank.argsort(dim=1, stable=True)[:, :count]
+    taken = order if fill else torch.where(rank.gather(1, order) < len(choices), order, rank.shape[1])
+    taken = taken.sort(dim=1).values
+    return torch.where(taken < rank.shape[1], taken, -1)
 
 
 def lost_kernels(rows_of: Tensor, const: Tensor, rows: Tensor, groups: int) -> Tensor:

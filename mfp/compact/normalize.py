@@ -49,9 +49,9 @@ def normalize(traced: fx.GraphModule) -> dict[fx.Node, str]:
     drop_inactive_dropout(traced.graph)
     opaque = make_functional(traced.graph, modules)
     find_shuffles(traced.graph, modules)
-    traced.graph.eliminate_dead_code()
+    traced.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node in opaque)
     traced.graph.lint()
-    return {node: reason for node, reason in opaque.items() if node in set(traced.graph.nodes)}
+    return opaque
 
 
 def drop_inactive_dropout(graph: fx.Graph) -> None:
@@ -95,10 +95,8 @@ def make_functional(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.N
         if not isinstance(target, fx.Node) or "scalar" in target.meta:
             continue
         family = aliases[target]
-        seen_elsewhere = any(
-            order[user] > order[node] for alias in family if alias not in (target, node) for user in alias.users
-            if not is_descendant(alias, node)
-        )  # fmt: skip
+        earlier = [alias for alias in family if alias is not target and order[alias] < order[node]]
+        seen_elsewhere = any(order[user] > order[node] for alias in earlier for user in alias.users)
         known = node.op != "call_method" or node.target in IN_PLACE_METHODS
         if seen_elsewhere or not known:
             opaque.update(dict.fromkeys({*family, node}, "overwritten in place while a view of it is in use"))
@@ -137,15 +135,6 @@ def alias_families(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.No
                 for member in family[source]:
                     family[member] = family[source]
     return family
-
-
-def is_descendant(node: fx.Node, ancestor: fx.Node) -> bool:
-    """Whether node is computed from ancestor through views and in-place operations (its first inputs)."""
-    while node.all_input_nodes:
-        if node is ancestor:
-            return True
-        node = node.all_input_nodes[0]
-    return node is ancestor
 
 
 def find_shuffles(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
