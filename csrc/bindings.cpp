@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
+#include "cpu/limits.h"
 
 namespace py = pybind11;
 
@@ -23,7 +24,18 @@ static py::dict build_info() {
   return info;
 }
 
+static py::dict measure_limits(int num_threads) {
+  const mfp::cpu::Limits limits = mfp::cpu::measure_limits(num_threads, mfp::cpu::current_isa());
+  py::dict rates;
+  rates["adds"] = limits.adds;
+  rates["fmas"] = limits.fmas;
+  rates["adds_and_fmas"] = limits.adds_and_fmas;
+  return rates;
+}
+
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled kernels of mfp";
   module.def("build_info", &build_info, "torch, compiler, CUDA architectures and CPU instruction set of this build");
+  module.def("measure_limits", &measure_limits, py::arg("num_threads"),
+             "float operations per second of this machine: adds, fmas, and pairs of both");
 }

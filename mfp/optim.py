@@ -1,8 +1,8 @@
 """Optimisers whose step keeps pruned filters at zero: the update and the mask in one pass over memory.
 
 :class:`MaskedSGD` and :class:`MaskedAdamW` are ``torch.optim.SGD`` and ``torch.optim.AdamW`` with another ``step``:
-same arguments, parameter groups and state. The rows of pruned filters are zero in the weights and in the optimiser's state;
-a step does not touch them, so that pruning makes a step cheaper instead of dearer.
+same arguments, parameter groups and state. The rows of pruned filters are zero in the weights and in the optimiser's
+state; a step does not touch them, so that pruning makes a step cheaper instead of dearer.
 """
 
 from __future__ import annotations

@@ -336,6 +336,8 @@ def test_amsgrad_state_is_an_error():
 
 
 def test_float64_parameters_are_an_error():
+    if mfp.backend.choose(torch.device("cpu")).name != "cpu":
+        pytest.skip("the reference takes any dtype")
     weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
     weight.grad = torch.ones_like(weight)
     with pytest.raises((RuntimeError, MfpError), match="float32, bfloat16 or float16"):

@@ -1,7 +1,7 @@
 // The optimisers' arithmetic, written once and compiled once per instruction set (vector.h).
 //
-// SGD joins products and sums (FMA) exactly where torch's single-tensor step joins them, so that both give the same bits;
-// AdamW agrees to about 1e-7. The compiler joins a * b + c by itself; `apart` keeps it from that.
+// SGD joins products and sums (FMA) exactly where torch's single-tensor step joins them, so that both give the same
+// bits; AdamW agrees to about 1e-7. The compiler joins a * b + c by itself; `apart` keeps it from that.
 #include <algorithm>
 
 #include "cpu/optim.h"
