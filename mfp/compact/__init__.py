@@ -48,6 +48,7 @@ def compact(
     """
     arguments = example_arguments(model, example_input)
     traced = trace(model, arguments, leaf_modules)
+    modes = {name: module.training for name, module in model.named_modules()}
     with eval_mode(model), torch.no_grad():
         expected = record_shapes(traced, arguments)
         opaque = normalize(traced)
@@ -55,7 +56,7 @@ def compact(
         net = analyse(traced.graph, dict(traced.named_modules()), opaque)
         build = write(net)
     small = finish(build, type(model).__name__, fold_bn)
-    small.train(model.training)
+    restore_modes(small, modes)
     difference = check(small, arguments, expected, model)
     small.report = make_report(model, small, net, build, example_input, difference)
     return small
@@ -80,6 +81,12 @@ def finish(build: Builder, name: str, fold_bn: bool) -> fx.GraphModule:
     small.delete_all_unused_submodules()
     small.recompile()
     return small
+
+
+def restore_modes(small: fx.GraphModule, modes: dict[str, bool]) -> None:
+    """Each module is in the mode of its original (a frozen BatchNorm stays in eval), new ones in the model's."""
+    for name, module in small.named_modules():
+        module.training = modes.get(name, modes.get(name.rpartition(".")[0], modes[""]))
 
 
 def check(small: fx.GraphModule, arguments: dict[str, Any], expected: Any, model: nn.Module) -> float:

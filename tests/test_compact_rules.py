@@ -1,0 +1,300 @@
+"""Single behaviours of compaction, each on a network small enough to see what must come out."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from compact_cases import difference, masked, randomize
+from torch import nn
+
+import mfp
+from mfp.compact.modules import ConvWithBorder, ExpandChannels, ResidualJoin, SelectChannels
+from mfp.train.models import CifarResNet
+
+torch.set_num_threads(1)
+
+
+def killed(conv: nn.Module, *filters: int) -> nn.Module:
+    """The conv with these filters zero, bias too."""
+    for j in filters:
+        conv.weight.data[j] = 0
+        if conv.bias is not None:
+            conv.bias.data[j] = 0
+    return conv
+
+
+def compacted(model: nn.Module, *shape: int, **options):
+    """The compact network, after a comparison on another batch size in float64."""
+    model = model.double().eval()
+    small = mfp.compact(model, torch.randn(1, *shape, dtype=torch.float64), **options)
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        assert difference(model(x), small(x)) < 1e-12
+    return small
+
+
+def test_chain_of_convs_loses_filters_and_inputs():
+    torch.manual_seed(0)
+    small = compacted(nn.Sequential(killed(nn.Conv2d(3, 8, 3), 1, 4), nn.ReLU(), nn.Conv2d(8, 5, 3)), 3, 9, 9)
+    assert small.get_submodule("0").weight.shape == (6, 3, 3, 3)
+    assert small.get_submodule("2").weight.shape == (5, 6, 3, 3)
+
+
+def test_filters_that_nobody_reads_go_too():
+    torch.manual_seed(0)
+    last = nn.Conv2d(8, 5, 3)
+    last.weight.data[:, [0, 7]] = 0
+    small = compacted(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), last), 3, 9, 9)
+    assert small.get_submodule("0").out_channels == 6
+    assert small.get_submodule("1").num_features == 6
+
+
+def test_constant_goes_into_the_bias_without_padding_and_into_a_border_map_with():
+    torch.manual_seed(0)
+    for padding, kind in ((0, nn.Conv2d), (1, ConvWithBorder)):
+        first = killed(nn.Conv2d(3, 8, 3, padding=1), 2, 5)
+        first.bias.data[2] = 0.7
+        model = nn.Sequential(first, nn.ReLU(), nn.Conv2d(8, 5, 3, padding=padding, bias=False))
+        small = compacted(model, 3, 9, 9)
+        assert type(small.get_submodule("2")) is kind
+        for size in ((5, 12), (20, 3)):  # exact for any image size
+            x = torch.randn(2, 3, *size, dtype=torch.float64)
+            with torch.no_grad():
+                assert difference(model(x), small(x)) < 1e-12
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_that_repeats_the_image_needs_no_border_map(mode):
+    first = killed(nn.Conv2d(3, 8, 3, padding=1), 2)
+    first.bias.data[2] = 0.7
+    small = compacted(nn.Sequential(first, nn.Conv2d(8, 5, 3, padding=1, padding_mode=mode)), 3, 9, 9)
+    assert type(small.get_submodule("1")) is nn.Conv2d
+    assert small.get_submodule("1").in_channels == 7
+
+
+def test_border_map_of_strided_dilated_one_and_three_dimensional_convs():
+    torch.manual_seed(0)
+    for conv, n in ((nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 3)):
+        first = killed(conv(2, 6, 1), 0, 3)
+        first.bias.data[3] = -0.4
+        second = conv(6, 4, 3, stride=2, padding=2, dilation=2)
+        small = compacted(nn.Sequential(first, second), 2, *[9] * n)
+        assert small.get_submodule("0").out_channels == 4
+        assert type(small.get_submodule("1")) is ConvWithBorder
+
+
+def test_batchnorm_constants_need_no_new_bias_before_a_batchnorm():
+    torch.manual_seed(0)
+    model = randomize(nn.Sequential(killed(nn.Conv2d(3, 8, 3), 1), nn.BatchNorm2d(8), nn.ReLU(),
+                                    nn.Conv2d(8, 4, 1, bias=False), nn.BatchNorm2d(4)))  # fmt: skip
+    small = compacted(model, 3, 9, 9)
+    assert small.get_submodule("3").bias is None
+    assert small.get_submodule("3").in_channels == 7
+
+
+def test_residual_stream_keeps_its_width_and_the_branch_joins_by_index():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 8, 1), killed(nn.Conv2d(8, 8, 1), 0, 3, 5)
+            self.head = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(F.relu(x + self.conv(x)))
+
+    small = compacted(Block(), 3, 5, 5)
+    joins = [m for m in small.modules() if isinstance(m, ResidualJoin)]
+    assert [join.index.tolist() for join in joins] == [[1, 2, 4, 6, 7]]
+    assert joins[0].bias is None
+    assert not any(isinstance(m, ExpandChannels | SelectChannels) for m in small.modules())
+
+
+def test_squeeze_excite_of_dead_channels_is_dead():
+    model = torchvision.ops.SqueezeExcitation(8, 4)
+    small = compacted(nn.Sequential(killed(nn.Conv2d(3, 8, 1), 1, 2), model, nn.Conv2d(8, 3, 1)), 3, 5, 5)
+    assert small.get_submodule("1.fc1").in_channels == 6
+    assert small.get_submodule("1.fc2").out_channels == 6
+    assert small.get_submodule("2").in_channels == 6
+
+
+def test_shuffle_moves_nothing():
+    class Shuffle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = killed(nn.Conv2d(3, 8, 1), 1, 2, 7), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            x = self.first(x)
+            b, c, h, w = x.size()
+            return self.second(x.view(b, 2, c // 2, h, w).transpose(1, 2).contiguous().view(b, -1, h, w))
+
+    small = compacted(Shuffle(), 3, 5, 5)
+    assert [node.target for node in small.graph.nodes if node.op not in ("placeholder", "output")] == ["first", "second"]
+
+
+def test_option_a_shortcut_is_understood():
+    torch.manual_seed(0)
+    small = compacted(masked(CifarResNet(20, width=8), rate=0.5), 3, 32, 32)
+    assert small.report.kept_because == []
+    assert not any(node.target is F.pad for node in small.graph.nodes)
+
+
+def test_layers_never_become_empty():
+    torch.manual_seed(0)
+    model = nn.Sequential(killed(nn.Conv2d(3, 4, 1), 0, 1, 2, 3), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.Flatten(),
+                          nn.Linear(5 * 4, 3))  # fmt: skip
+    model[2].bias.data = torch.randn(5)
+    small = mfp.compact(model.eval(), torch.randn(1, 3, 2, 2))
+    assert all(parameter.numel() > 0 for parameter in small.parameters())
+    x = torch.randn(2, 3, 2, 2)
+    torch.testing.assert_close(small(x), model(x))
+
+
+def test_what_is_not_understood_is_kept_and_said():
+    class Sorts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = killed(nn.Conv2d(3, 8, 1), 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            return self.second(torch.sort(self.first(x), dim=1).values)
+
+    small = compacted(Sorts(), 3, 5, 5)
+    assert small.second.in_channels == 8
+    assert len(small.report.kept_because) == 1
+    assert "sort is not understood; first widened for it" in small.report.kept_because[0]
+    assert "kept: sort" in str(small.report)
+
+
+def test_hooks_and_shared_parameters_stay_as_they_are():
+    hooked = nn.Sequential(killed(nn.Conv2d(3, 8, 1), 1), nn.Conv2d(8, 4, 1))
+    hooked[0].register_forward_hook(lambda module, args, result: result + 1)
+    small = compacted(hooked, 3, 5, 5)
+    assert any("hooks" in reason for reason in small.report.kept_because)
+    tied = nn.Sequential(killed(nn.Conv2d(8, 8, 1), 1), nn.Conv2d(8, 8, 1))
+    tied[1].weight = tied[0].weight
+    small = compacted(tied, 8, 5, 5)
+    assert any("shares a parameter" in reason for reason in small.report.kept_because)
+
+
+def test_module_called_twice_is_cut_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.shared = killed(nn.Conv2d(3, 6, 1), 0), killed(nn.Conv2d(6, 6, 3, padding=1), 1, 2)
+            self.norm, self.head = nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(self.norm(self.shared(F.relu(self.norm(self.shared(x))))))
+
+    torch.manual_seed(0)
+    for seed in range(4):
+        small = compacted(randomize(Twice(), seed), 3, 7, 7)
+        assert sum(isinstance(m, nn.Conv2d) for m in small.modules()) == 3
+
+
+def test_in_place_operations_keep_their_meaning():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = killed(nn.Conv2d(3, 6, 1), 1, 4), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            half = y[:, :3]
+            z = y + 1
+            half.mul_(2)  # a view: y changes too
+            F.relu_(z)
+            return self.head(y) + self.head(z)
+
+    small = compacted(InPlace(), 3, 5, 5)
+    assert any("in place" in reason for reason in small.report.kept_because)
+
+
+def test_several_outputs_and_a_dict_as_input():
+    class Many(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = killed(nn.Conv2d(3, 6, 1), 1, 4), nn.Conv2d(6, 4, 1)
+
+        def forward(self, left, right=None, *, gain=1.0):
+            a = self.a(left) if right is None else self.a(left) + right
+            return {"features": a, "parts": [self.b(a) * gain, a.mean((2, 3))]}
+
+    model, x = Many().double(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    right = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    small = mfp.compact(model, {"left": x[:1]})
+    assert difference(model(x), small(x)) < 1e-12
+    assert difference(model(x), small(left=x)) < 1e-12
+    assert small.a.out_channels == 4
+    small = mfp.compact(model, (x[:1], right[:1]))
+    assert difference(model(x, right), small(x, right)) < 1e-12
+
+
+def test_idempotent():
+    torch.manual_seed(0)
+    for name in ("resnet18", "shufflenet_v2_x0_5", "mobilenet_v3_small", "regnet_x_400mf"):
+        model = masked(getattr(torchvision.models, name)(num_classes=10), mask_bn=False)
+        small = mfp.compact(model, torch.randn(1, 3, 64, 64))
+        again = mfp.compact(small, torch.randn(1, 3, 64, 64))
+        before, after = small.state_dict(), again.state_dict()
+        assert list(before) == list(after)
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        assert again.report.flops_before == again.report.flops_after
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "convnext_tiny"])
+@pytest.mark.parametrize("mask_bn", [True, False])
+def test_compact_network_trains_and_every_parameter_moves(name, mask_bn):
+    torch.manual_seed(0)
+    model = masked(getattr(torchvision.models, name)(num_classes=10), mask_bn=mask_bn)
+    model.train().double()  # ConvNeXt starts with layer scales of 1e-6: float32 would lose its steps
+    small = mfp.compact(model, torch.randn(2, 3, 64, 64, dtype=torch.float64))
+    assert small.training
+    before = {key: parameter.detach().clone() for key, parameter in small.named_parameters()}
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1, weight_decay=1e-4)
+    F.cross_entropy(small(torch.randn(4, 3, 64, 64, dtype=torch.float64)), torch.arange(4)).backward()
+    optimizer.step()
+    for key, parameter in small.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+        assert parameter.grad.any(), key
+        assert (parameter != before[key]).any(), key
+
+
+def test_model_is_left_alone():
+    model = masked(torchvision.models.mobilenet_v3_small(), mask_bn=False).train()
+    model.features[2].eval()
+    before = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small = mfp.compact(model, torch.randn(2, 3, 64, 64))
+    for (name, a), b in zip(model.named_modules(), before.modules(), strict=True):
+        assert a.training == b.training, name
+        assert vars(a).keys() == vars(b).keys(), name
+        assert getattr(a, "inplace", None) == getattr(b, "inplace", None), name
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before.state_dict()[key]), key
+    pointers = {p.data_ptr() for p in model.parameters()}
+    assert not pointers & {p.data_ptr() for p in small.parameters()}
+    assert not small.features.get_submodule("2").get_submodule("block.0.1").training
+
+
+def test_example_that_does_not_run_is_a_clear_error():
+    with pytest.raises(mfp.MfpError, match=r"does not run on the example input.*\(1, 4, 8, 8\)"):
+        mfp.compact(nn.Sequential(nn.Conv2d(3, 4, 1)), torch.zeros(1, 4, 8, 8))
+
+
+def test_flops_are_counted_exactly():
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), nn.ConvTranspose2d(6, 5, 2, stride=2), nn.Flatten(),
+        nn.Linear(5 * 8 * 8, 7),
+    )  # fmt: skip
+    expected = 2 * (4 * 4) * 6 * 2 * 9 + 2 * (4 * 4) * 6 * 5 * 4 + 2 * 5 * 64 * 7
+    assert mfp.flops(model, torch.zeros(2, 4, 8, 8)) == expected
+    assert mfp.flops(torchvision.models.resnet50(), torch.zeros(1, 3, 224, 224)) == 4089184256
