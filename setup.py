@@ -105,7 +105,7 @@ def build_command():
 
 
 setup(
-    packages=["mfp", "mfp.compact", "mfp.train", "mfp.kernels"],
+    packages=["mfp", "mfp.bench", "mfp.compact", "mfp.train", "mfp.kernels"],
     package_dir={"mfp": "mfp", "mfp.kernels": "kernels"},
     ext_modules=[extension()],
     cmdclass={"build_ext": build_command()},

@@ -29,10 +29,11 @@ def score_layer(weight: Tensor, kind: int, exponent: float, dtype: torch.dtype =
     if kind == _NORM:
         return torch.linalg.vector_norm(filters, exponent, dim=1)
     # One filter against all at a time: [N, K] of memory, never [N, N, K], and differences that do not cancel.
-    return torch.stack([_relation(filters, j, kind, exponent) for j in range(len(filters))])
+    return torch.stack([relation_score(filters, j, kind, exponent) for j in range(len(filters))])
 
 
-def _relation(filters: Tensor, j: int, kind: int, exponent: float) -> Tensor:
+def relation_score(filters: Tensor, j: int, kind: int, exponent: float) -> Tensor:
+    """Score of filter j among ``filters`` ``[N, K]`` by a distance, a scalar in their dtype."""
     if kind == _DISTANCE:
         return torch.linalg.vector_norm(filters - filters[j], exponent, dim=1).sum()
     norms = torch.linalg.vector_norm(filters, 2, dim=1)

@@ -1,0 +1,112 @@
+"""`mfp bench`: it judges before it measures, and what it prints is whole. No time is asserted here."""
+
+import json
+
+import pytest
+import torch
+
+import mfp
+from mfp import bench
+from mfp.bench import jobs, measure, overhead, table
+from mfp.bench.oracle import Sample
+from mfp.criteria import criterion
+from mfp.errors import MfpError
+from mfp.train.models import build_model
+
+
+@pytest.fixture(scope="module")
+def small_jobs():
+    torch.manual_seed(0)
+    return jobs.Jobs(build_model("resnet20", 10), 0.4, 32)
+
+
+def test_the_table_is_whole(capsys, monkeypatch):
+    monkeypatch.setattr(table, "SECONDS_PER_JOB", 0.01)
+    bench.main(["--arch", "resnet20", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    by_job = {}
+    for row in report["rows"]:
+        by_job.setdefault(row["job"], []).append(row["who"])
+        assert row["seconds"] > 0
+        assert row["share_of_limit"] > 0
+    assert set(mfp.PAPER_CRITERIA) < set(by_job)
+    assert all(len(contestants) > 1 for contestants in by_job.values())
+    assert report["network"]["filters"] == 688
+    assert report["limits"].keys() == {"adds", "fmas", "adds_and_fmas", "copy"}
+    assert report["machine"]["torch"] == torch.__version__
+    table.print_table(report, bench.Console(width=120))
+    printed = capsys.readouterr().out
+    assert all(job.split(",")[0] in printed for job in by_job)
+
+
+def test_overhead_adds_up(capsys, monkeypatch):
+    monkeypatch.setattr(overhead, "SECONDS", 0.01)
+    bench.main(["--overhead", "--arch", "resnet20", "--batch", "2", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    seconds, epoch = report["seconds"], report["epoch_seconds"]
+    assert epoch["plain"] == pytest.approx(5004 * (128 * seconds["passes"] + seconds["plain"]))
+    assert epoch["soft"] - epoch["plain"] == pytest.approx(seconds["pruning"])
+    assert report["added"]["hard"] == pytest.approx(epoch["hard"] / epoch["plain"] - 1)
+    overhead.print_table(report, bench.Console(width=120))
+    assert "hard pruning" in capsys.readouterr().out
+
+
+def test_wrong_results_are_not_timed(small_jobs):
+    def broken() -> None:
+        raise MfpError("wrong")
+
+    calls = []
+    contestant = measure.Contestant("wrong", lambda: calls.append(1), lambda _: broken())
+    with pytest.raises(MfpError, match="wrong"):
+        measure.best_times([contestant], 1.0)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", [*mfp.PAPER_CRITERIA, "weighted_hybrid", "l3_distance"])
+def test_scores_off_by_a_little_fail_the_check(small_jobs, name):
+    scores = mfp.score_filters(small_jobs.plan, (name,))[name]
+    check = small_jobs.sample.check([criterion(name)], 1e-5)
+    check([scores])
+    with pytest.raises(MfpError, match=f"{name}: relative error"):
+        check([scores * 1.0001])
+    with pytest.raises(MfpError, match="relative error nan"):
+        check([scores * float("nan")])
+
+
+def test_every_layer_is_sampled(small_jobs):
+    layers = {layer for layer, _ in small_jobs.sample.filters}
+    assert layers == set(range(len(small_jobs.weights)))
+    weights = [torch.randn(5, 3), torch.randn(4, 2, 3, 3)]
+    sample = Sample(weights)
+    flat = torch.cat([torch.arange(5), torch.arange(4)])
+    assert [int(flat[i]) for i in sample.index] == [j for _, j in sample.filters]
+
+
+def test_contestants_of_a_job_are_all_checked(small_jobs):
+    checked = []
+    for job in small_jobs.all():
+        for contestant in job.contestants:
+            contestant.prepare()
+            contestant.check(contestant.run())
+            checked.append((job.name, contestant.name))
+    assert len(checked) > 20
+    assert ("l2_distance", "torch.cdist loop") in checked
+
+
+def test_masking_checks_notice_a_wrong_row(small_jobs):
+    job = small_jobs.masking()
+    ours = job.contestants[0]
+    ours.prepare()
+    with pytest.raises(MfpError, match="masking"):
+        ours.check(None)  # nothing was masked
+    ours.run()
+    small_jobs.weights[3][:] = 0
+    with pytest.raises(MfpError, match="masking"):
+        ours.check(None)
+    ours.prepare()
+
+
+def test_without_the_compiled_part_it_says_so(monkeypatch):
+    monkeypatch.setattr(measure.backend, "build_info", lambda: None)
+    with pytest.raises(MfpError, match="compiled kernels"):
+        measure.machine()
