@@ -1,0 +1,24 @@
+"""Runs tests/triton_cases.py in Triton's interpreter, which needs a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+TESTS = Path(__file__).parent
+
+
+def test_kernels_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(TESTS / "triton_cases.py")]
+    run = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-500:]
+
+
+def test_the_folder_of_kernels_is_no_package_of_its_own():
+    run = subprocess.run([sys.executable, "-c", "import kernels"], cwd=TESTS.parent, capture_output=True, text=True)
+    assert run.returncode != 0 and "import mfp.kernels" in run.stderr

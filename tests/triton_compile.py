@@ -1,0 +1,122 @@
+"""Compiles Triton kernels for GPUs that are not here. Run by test_triton_compile.py, in a process without interpreter.
+
+python tests/triton_compile.py resources   prints what ptxas says of every kernel for sm_80, sm_90 and sm_100
+python tests/triton_compile.py networks    prints how many compilations each of several networks caused
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from mfp import kernels
+from mfp.kernels import mask, optim, scatter, score
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TABLES = {"layers": "*i64", "items": "*i64", "tensors": "*i64", "parameters": "*i64", "index": "*i64"}
+FLOATS = ("p", "lr", "momentum", "dampening_rest", "weight_decay", "decay", "beta1_rest", "beta2", "beta2_rest",
+          "correction2_root", "eps", "step_size")  # fmt: skip
+TYPES = {
+    **TABLES, "counters": "*i32", "partial": "*fp32", "scores": "*fp32", "bad": "*u8", "keep": "*u8", "slots": "i64",
+    "residual": "*fp32", "branch": "*fp32", "numel": "i64", **dict.fromkeys(FLOATS, "fp32"),
+    **dict.fromkeys(("total_filters", "first_score", "channels", "branch_channels", "inner", "steps"), "i32"),
+}  # fmt: skip
+TILE = {"BLOCK": score._BLOCK, "DEPTH": score._DEPTH, "FIELDS": score._FIELDS}
+STEP = {"BLOCK": optim._BLOCK, "FIELDS": optim._FIELDS, "MAXIMIZE": True}
+VARIANTS = [
+    *[
+        (score._direct_kernel, {**TILE, "SPAN": score._SPAN, "L1": l1, "L2": l2, "COSINE": cosine}, score._WARPS)
+        for l1, l2, cosine in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 1, 1), (1, 1, 1))
+    ],
+    (score._power_kernel, TILE, score._WARPS),
+    (score._select_kernel, {"ROWS": score._ROWS}, 4),
+    (mask._mask_kernel, {"ROWS": mask._ROWS, "COLUMNS": mask._COLUMNS}, 4),
+    (optim._sgd_kernel, {**STEP, "MOMENTUM": True, "NESTEROV": True, "FIRST": False}, 4),
+    (optim._sgd_kernel, {**STEP, "MOMENTUM": False, "NESTEROV": False, "FIRST": True}, 4),
+    (optim._adamw_kernel, STEP, 4),
+    (scatter._scatter_kernel, {"RELU": True, "BLOCK": scatter._BLOCK}, 4),
+    (scatter._scatter_kernel, {"RELU": False, "BLOCK": scatter._BLOCK}, 4),
+]  # fmt: skip
+
+
+def resources(kernel: JITFunction, constants: dict, warps: int, architecture: int) -> tuple[int, int]:
+    """Registers and bytes spilled, as ptxas reports them."""
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if "*" in signature[name]}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+    assert compiled.asm["cubin"]
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    blackwell = tools / "ptxas-blackwell"
+    ptxas = blackwell if architecture >= 100 and blackwell.exists() else tools / "ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        target = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
+        command = [str(ptxas), "-v", f"-arch={target}", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(int(number) for number in re.findall(r"(\d+) bytes spill", report))
+    return int(re.search(r"Used (\d+) registers", report)[1]), spills
+
+
+class _Device:
+    """Stands in for the driver: names a GPU that is not here."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def use_all_ops(shapes: list[tuple[int, ...]], channels: int) -> None:
+    """One call of each op for a network with these weights; kernels are compiled, not launched."""
+    weights = [torch.randn(shape) for shape in shapes]
+    counts = [len(weight) for weight in weights]
+    kinds, exponents = [0, 0, 1, 1, 2, 3, 1], [1.0, 2.0, 1.0, 2.0, 2.0, 2.0, 3.0]
+    kernels.prune_filters_(weights, [torch.ones(counts[0])], [0], [n // 2 for n in counts], kinds, exponents, 0)
+    keep, offsets = torch.ones(sum(counts), dtype=torch.bool), [sum(counts[:i]) for i in range(len(counts))]
+    states = [[torch.zeros_like(weight) for weight in weights] for _ in range(3)]
+    kernels.masked_sgd_(weights, *states[:2], keep, offsets, counts, 0.1, 0.9, 0.0, 1e-4, False, False, False)
+    kernels.masked_adamw_(weights, *states, keep, offsets, counts, 1e-3, 0.9, 0.999, 1e-8, 0.01, False, channels)
+    residual, branch = torch.randn(1, channels, 3, 5), torch.randn(1, channels // 2, 3, 5)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        kernels.scatter_add_(residual.to(memory_format=layout), branch, torch.arange(channels // 2), True)
+
+
+def compilations_of_networks() -> list[int]:
+    """How many compilations each of several networks caused, one after the other in one process."""
+    triton.runtime.driver.set_active(_Device())
+    launch = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **options: launch(self, *args, grid=grid, warmup=True, **options)
+    known = {id(kernel): kernel for kernel, *_ in VARIANTS}.values()
+    counts, before = [], 0
+    for shapes, channels in (
+        ([(64, 3, 7, 7), (64, 64, 1, 1), (256, 64, 1, 1)], 64),
+        ([(16, 16, 3, 3), (1, 5, 1, 1), (33, 7, 3, 3), (48, 1, 1, 1)], 33),
+        ([(1, 1, 1, 1)], 2),
+        ([(32, 32, 1, 1)] * 70, 128),
+    ):
+        use_all_ops(shapes, channels)
+        compiled = sum(len(kernel.device_caches[0][0]) for kernel in known)
+        counts.append(compiled - before)
+        before = compiled
+    return counts
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "networks":
+        print(*compilations_of_networks())
+    else:
+        for kernel, constants, warps in VARIANTS:
+            for architecture in (80, 90, 100):
+                flags = "".join(f"{int(value)}" for value in constants.values() if value in (0, 1))
+                print(f"{kernel.__name__}[{flags}]", architecture, *resources(kernel, constants, warps, architecture))
