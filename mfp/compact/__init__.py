@@ -52,7 +52,6 @@ def compact(
     with eval_mode(model), torch.no_grad():
         expected = record_shapes(traced, arguments)
         opaque = normalize(traced)
-        record_shapes(traced, arguments)
         net = analyse(traced.graph, dict(traced.named_modules()), opaque)
         build = write(net)
     small = finish(build, type(model).__name__, fold_bn)
@@ -67,7 +66,8 @@ def record_shapes(traced: fx.GraphModule, arguments: dict[str, Any]) -> Any:
         return ShapeRecorder(traced).run(*arguments.values())
     except Exception as error:
         shapes = {key: tuple(v.shape) for key, v in arguments.items() if isinstance(v, Tensor)}
-        raise MfpError(f"the model does not run on the example input {shapes}: {error}") from error
+        reason = str(error).split("\n")[0]
+        raise MfpError(f"the model does not run on the example input {shapes}: {reason}") from error
 
 
 def finish(build: Builder, name: str, fold_bn: bool) -> fx.GraphModule:

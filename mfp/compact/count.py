@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from mfp.graph import eval_mode, example_arguments
 
@@ -47,9 +48,21 @@ def flops(model: nn.Module, example_input: Any) -> int:
         example_input: a tensor, a tuple of positional arguments or a dict of named ones; the count is for the
             whole batch that it holds.
     """
+    arguments = example_arguments(model, example_input)
+    try:  # shapes alone suffice, unless the model keeps tensors that are no parameters or buffers
+        return _count(model, arguments, torch.device("meta"))
+    except (RuntimeError, NotImplementedError):
+        return _count(model, arguments, None)
+
+
+def _count(model: nn.Module, arguments: dict[str, Any], device: torch.device | None) -> int:
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers()) if device else {}
+    tensors = {name: torch.empty_like(tensor, device=device) for name, tensor in tensors.items()}
+    if device:
+        arguments = tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
     counter = _Counter()
     with eval_mode(model), torch.no_grad(), counter:
-        model(**example_arguments(model, example_input))
+        torch.func.functional_call(model, tensors, (), arguments)
     return counter.total
 
 
