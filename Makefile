@@ -26,6 +26,25 @@ wheel-test: $(VENV)/installed  ## build a wheel, install it beside a torch that 
 	.venv-wheel/bin/python -m pip install --quiet dist/mfp-*.whl
 	cd tests && ../.venv-wheel/bin/python -m pytest -c /dev/null -q -p no:cacheprovider test_packaging.py
 
+# The CPU kernels without torch, at every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZED := score isa optim $(foreach kernels,pair_sums optim,$(foreach isa,portable avx2 avx512,$(kernels)_$(isa)))
+SANITIZE := -std=c++17 -O1 -g -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall \
+	-fsanitize=address,undefined -fno-sanitize-recover=all
+
+sanitize: build/sanitize/driver  ## the CPU kernels over awkward shapes, under sanitizers
+	build/sanitize/driver
+
+build/sanitize/driver: $(SANITIZED:%=build/sanitize/%.o) build/sanitize/driver.o
+	$(CXX) $(SANITIZE) $^ -o $@
+
+build/sanitize/%.o: csrc/cpu/%.cpp $(wildcard csrc/cpu/*.h)
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE) -Icsrc -c $< -o $@
+
+build/sanitize/driver.o: tests/sanitize/driver.cpp $(wildcard csrc/cpu/*.h)
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE) -Icsrc -c $< -o $@
+
 # The stamp is renewed, and the package rebuilt, when the metadata or a compiled source changes.
 $(VENV)/installed: pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -28,9 +28,9 @@ constexpr int kRowsOne = kLanes == 16 ? 8 : 4;
 
 // x^p for x >= 0, relative error 1e-6 as long as |p log2 x| < 32; below 2^-126 it is 0.
 inline Vec power(Vec x, float p) {
-  const IntVec bits = (IntVec)x;
-  const IntVec exponent = (bits - 0x3f3504f3) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
-  const Vec t = (Vec)(bits - (exponent << 23)) - 1.0f;
+  const BitsVec bits = (BitsVec)x;
+  const IntVec exponent = (IntVec)(bits - 0x3f3504f3u) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
+  const Vec t = (Vec)(bits - ((BitsVec)exponent << 23)) - 1.0f;
   Vec log = t * -0.1102016f + 0.18631209f;
   log = log * t - 0.19102497f;
   log = log * t + 0.20457532f;
@@ -49,7 +49,7 @@ inline Vec power(Vec x, float p) {
   result = result * f + 2.4022651e-1f;
   result = result * f + 6.9314718e-1f;
   result = result * f + 1.0f;
-  const Vec scaled = (Vec)((IntVec)result + (((IntVec)shifted - 0x4b400000) << 23));
+  const Vec scaled = (Vec)((BitsVec)result + (((BitsVec)shifted - 0x4b400000u) << 23));
   return select((x > 0.0f) & (y > -126.0f), scaled);
 }
 

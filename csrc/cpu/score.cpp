@@ -56,6 +56,7 @@ std::vector<Norms> all_norms(const std::vector<Layer>& layers, const LayerOffset
 std::vector<TileWork> all_tiles(const std::vector<Layer>& layers) {
   std::vector<TileWork> tiles;
   for (const Layer& layer : layers) {
+    if (layer.filter_size == 0) continue;  // nothing to sum
     for (int64_t row = 0; row < layer.num_filters; row += kTileRows) {
       const int64_t row_end = std::min(row + kTileRows, layer.num_filters);
       for (int64_t column = 0; column < row_end - 1; column += kTileColumns) {

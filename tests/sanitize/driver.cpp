@@ -1,0 +1,317 @@
+// Runs the CPU kernels over awkward shapes at every instruction set, type and thread count, against plain double loops.
+// Built with AddressSanitizer and UndefinedBehaviorSanitizer by `make sanitize`; torch is not needed. The buffers are
+// exactly as long as what they hold, so that one element too far is found.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/optim.h"
+#include "cpu/score.h"
+
+using namespace mfp::cpu;
+
+static int failures = 0;
+
+static void expect(bool good, const std::string& what) {
+  if (good) return;
+  std::printf("FAILED: %s\n", what.c_str());
+  ++failures;
+}
+
+static std::vector<Isa> levels() {
+  std::vector<Isa> found;
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+    if (isa <= current_isa()) found.push_back(isa);
+  }
+  return found;
+}
+
+// ---- numbers of 16 and 32 bits ------------------------------------------------------------------------------------
+
+static float value_of(uint16_t bits, DType dtype) {
+  if (dtype == DType::bfloat16) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float magnitude = exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp(1.0f * fraction, -24);
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+// Memory of a tensor on the heap, no byte longer than it must be.
+struct Numbers {
+  DType dtype;
+  std::vector<char> bytes;
+  int64_t count;
+
+  Numbers(DType type, int64_t n, std::mt19937& random, float scale = 1) : dtype(type), count(n) {
+    bytes.resize(n * (type == DType::float32 ? 4 : 2));
+    bytes.shrink_to_fit();
+    std::normal_distribution<float> normal(0, scale);
+    for (int64_t i = 0; i < n; ++i) {
+      const float value = normal(random);
+      if (type == DType::float32) {
+        std::memcpy(&bytes[i * 4], &value, 4);
+      } else {  // any pattern is a number; take the sign and the low bits of the float, and a moderate exponent
+        uint32_t wide;
+        std::memcpy(&wide, &value, 4);
+        const uint16_t half = type == DType::bfloat16 ? wide >> 16 : (wide >> 16 & 0x83ff) | ((12 + wide % 4) << 10);
+        std::memcpy(&bytes[i * 2], &half, 2);
+      }
+    }
+  }
+  double operator[](int64_t i) const {
+    if (dtype == DType::float32) {
+      float value;
+      std::memcpy(&value, &bytes[i * 4], 4);
+      return value;
+    }
+    uint16_t half;
+    std::memcpy(&half, &bytes[i * 2], 2);
+    return value_of(half, dtype);
+  }
+  void zero(int64_t begin, int64_t end) {
+    const int64_t size = dtype == DType::float32 ? 4 : 2;
+    std::memset(bytes.data() + begin * size, 0, (end - begin) * size);
+  }
+};
+
+// ---- scores -------------------------------------------------------------------------------------------------------
+
+struct Shape {
+  int64_t filters, size;
+};
+
+static double expected_score(const Numbers& w, const Shape& shape, const Criterion& c, int64_t j) {
+  const int64_t n = shape.filters, k = shape.size;
+  const auto norm = [&](int64_t i, double p) {
+    double sum = 0;
+    for (int64_t x = 0; x < k; ++x) sum += std::pow(std::fabs(w[i * k + x]), p);
+    return std::pow(sum, 1 / p);
+  };
+  if (c.kind == Kind::norm) return norm(j, c.exponent);
+  double score = 0;
+  const double length = norm(j, 2);
+  for (int64_t i = 0; i < n; ++i) {
+    if (c.kind == Kind::distance) {
+      double sum = 0;
+      for (int64_t x = 0; x < k; ++x) sum += std::pow(std::fabs(w[j * k + x] - w[i * k + x]), c.exponent);
+      score += std::pow(sum, 1 / c.exponent);
+      continue;
+    }
+    const double other = norm(i, 2);
+    double less = 0, more = 0;
+    for (int64_t x = 0; x < k && length > 0 && other > 0; ++x) {
+      const double a = w[j * k + x] / length, b = w[i * k + x] / other;
+      less += (a - b) * (a - b) / 2, more += (a + b) * (a + b) / 2;
+    }
+    if (length == 0 || other == 0) less = more = length == other ? 0 : 1;
+    if (c.kind == Kind::cosine_distance) score += less;
+    if (c.kind == Kind::weighted_hybrid && i != j) score += length * other * std::min(less, more);
+  }
+  return score;
+}
+
+static void check_scores(const std::vector<Shape>& shapes, DType dtype, std::mt19937& random) {
+  std::vector<Numbers> weights;
+  std::vector<Layer> layers;
+  int64_t total = 0;
+  for (const Shape& shape : shapes) {
+    weights.emplace_back(dtype, shape.filters * shape.size, random);
+    if (shape.filters > 2 && shape.size > 0) {  // an all-zero filter, and a duplicate
+      const int64_t bytes = weights.back().bytes.size() / shape.filters;
+      weights.back().zero(0, shape.size);
+      std::memcpy(&weights.back().bytes[bytes], &weights.back().bytes[2 * bytes], bytes);
+    }
+    total += shape.filters;
+  }
+  for (size_t l = 0; l < shapes.size(); ++l) {
+    layers.push_back({weights[l].bytes.data(), dtype, shapes[l].filters, shapes[l].size});
+  }
+  const std::vector<Criterion> criteria = {
+      {Kind::norm, 1},     {Kind::norm, 2},     {Kind::norm, 2.5},          {Kind::distance, 1},
+      {Kind::distance, 2}, {Kind::distance, 3}, {Kind::cosine_distance, 2}, {Kind::weighted_hybrid, 2}};
+  std::vector<double> expected;
+  for (const Criterion& c : criteria) {
+    for (size_t l = 0; l < shapes.size(); ++l) {
+      for (int64_t j = 0; j < shapes[l].filters; ++j) expected.push_back(expected_score(weights[l], shapes[l], c, j));
+    }
+  }
+  for (Isa isa : levels()) {
+    std::vector<float> first;
+    for (int threads : {1, 3}) {
+      std::vector<float> scores(criteria.size() * total);
+      compute_scores(layers, criteria, scores.data(), threads, isa);
+      for (size_t i = 0; i < scores.size(); ++i) {
+        const bool good = std::fabs(scores[i] - expected[i]) <= 1e-5 * std::fabs(expected[i]) + 1e-12;
+        expect(good, std::string("score ") + std::to_string(i) + " of " + std::to_string(shapes[0].filters) + "x" +
+                         std::to_string(shapes[0].size) + " at " + isa_name(isa) + ": " + std::to_string(scores[i]) +
+                         ", expected " + std::to_string(expected[i]));
+      }
+      expect(first.empty() || first == scores, "scores depend on the number of threads");
+      first = scores;
+    }
+  }
+}
+
+static void check_single_criteria(std::mt19937& random) {
+  const Shape shape = {70, 37};
+  const Numbers weights(DType::float32, shape.filters * shape.size, random);
+  const std::vector<Layer> layers = {{weights.bytes.data(), DType::float32, shape.filters, shape.size}};
+  for (const Criterion& c : {Criterion{Kind::norm, 1},
+                             {Kind::distance, 1},
+                             {Kind::distance, 2},
+                             {Kind::distance, 1.5},
+                             {Kind::cosine_distance, 2},
+                             {Kind::weighted_hybrid, 2}}) {
+    for (Isa isa : levels()) {
+      std::vector<float> scores(shape.filters);
+      compute_scores(layers, {c}, scores.data(), 2, isa);
+      for (int64_t j = 0; j < shape.filters; ++j) {
+        const double expected = expected_score(weights, shape, c, j);
+        expect(std::fabs(scores[j] - expected) <= 1e-5 * expected, "a criterion alone");
+      }
+    }
+  }
+}
+
+static void check_not_finite(std::mt19937& random) {
+  const Shape shape = {5, 19};
+  Numbers weights(DType::float32, shape.filters * shape.size, random);
+  for (float bad : {INFINITY, -INFINITY, NAN}) {
+    std::memcpy(&weights.bytes[2 * shape.size * 4], &bad, 4);
+    for (Isa isa : levels()) {
+      for (const Criterion& c : {Criterion{Kind::norm, 1},
+                                 {Kind::norm, 3},
+                                 {Kind::distance, 1},
+                                 {Kind::distance, 2},
+                                 {Kind::distance, 3},
+                                 {Kind::cosine_distance, 2},
+                                 {Kind::weighted_hybrid, 2}}) {
+        std::vector<float> scores(shape.filters);
+        compute_scores({{weights.bytes.data(), DType::float32, shape.filters, shape.size}}, {c}, scores.data(), 1, isa);
+        expect(!std::isfinite(scores[2]), "a filter that is not finite has a finite score");
+      }
+    }
+  }
+}
+
+static void check_selection() {
+  const float scores[] = {3, 1, 2, 1, 1};
+  for (int64_t count = 0; count <= 5; ++count) {
+    std::unique_ptr<bool[]> keep(new bool[5]);
+    select_lowest(scores, 5, count, keep.get());
+    const int64_t order[] = {1, 3, 4, 2, 0};
+    for (int64_t i = 0; i < 5; ++i) expect(keep[order[i]] == (i >= count), "selection");
+  }
+  select_lowest(scores, 0, 0, nullptr);
+}
+
+// ---- optimisers ---------------------------------------------------------------------------------------------------
+
+struct Slots {
+  Numbers value, gradient, first, second;
+  std::unique_ptr<bool[]> keep;
+  int64_t rows, size;
+};
+
+static double tolerance(DType dtype) {
+  return dtype == DType::float32 ? 3e-6 : dtype == DType::bfloat16 ? 0.004 : 0.001;
+}
+
+static void compare(const char* what, double got, double expected, DType dtype) {
+  expect(std::fabs(got - expected) <= tolerance(dtype) * (std::fabs(expected) + 0.05),
+         std::string(what) + ": " + std::to_string(got) + ", expected " + std::to_string(expected));
+}
+
+static void check_optimizers(DType dtype, bool first_step, std::mt19937& random) {
+  std::vector<Slots> start;
+  for (const auto& [rows, size] : std::vector<Shape>{{1, 1}, {7, 1}, {5, 3}, {3, 16}, {4, 17}, {2, 40000}, {100, 33}}) {
+    Numbers second(dtype, rows * size, random);
+    for (size_t i = dtype == DType::float32 ? 3 : 1; i < second.bytes.size(); i += dtype == DType::float32 ? 4 : 2) {
+      second.bytes[i] &= 0x7f;  // a mean of squares is not negative
+    }
+    start.push_back({{dtype, rows * size, random},
+                     {dtype, rows * size, random},
+                     {dtype, rows * size, random},
+                     std::move(second),
+                     std::unique_ptr<bool[]>(new bool[rows]),
+                     rows,
+                     size});
+    for (int64_t row = 0; row < rows; ++row) start.back().keep[row] = random() % 3 > 0;
+  }
+  const SgdStep sgd = {0.1f, 0.9f, 0.7f, 0.01f, true, false, first_step};
+  const AdamwStep adamw = {0.999f, 0.1f, 0.99f, 0.01f, 0.3f, 1e-3f, 0.02f, false};
+  for (Isa isa : levels()) {
+    for (bool masked : {false, true}) {
+      for (bool is_adamw : {false, true}) {
+        std::vector<Numbers> value, first, second;
+        for (const Slots& s : start) value.push_back(s.value), first.push_back(s.first), second.push_back(s.second);
+        std::vector<Parameter> parameters;
+        for (size_t i = 0; i < start.size(); ++i) {
+          const Slots& s = start[i];
+          parameters.push_back({value[i].bytes.data(), s.gradient.bytes.data(), first[i].bytes.data(),
+                                is_adamw ? second[i].bytes.data() : nullptr, dtype, masked ? s.keep.get() : nullptr,
+                                masked ? s.rows : s.rows * s.size, masked ? s.size : 1});
+        }
+        is_adamw ? adamw_step(parameters, adamw, 3, isa) : sgd_step(parameters, sgd, 3, isa);
+        for (size_t i = 0; i < start.size(); ++i) {
+          const Slots& s = start[i];
+          for (int64_t x = 0; x < s.rows * s.size; ++x) {
+            double w = s.value[x], m = s.first[x], v = s.second[x], g = s.gradient[x];
+            if (!masked || s.keep[x / s.size]) {
+              if (is_adamw) {
+                m += 0.1f * (g - m);
+                v = 0.99f * v + 0.01f * g * g;
+                w = w * 0.999f - 0.02f * m / (std::sqrt(v) / 0.3f + 1e-3f);
+              } else {
+                g += 0.01f * w;
+                m = first_step ? g : 0.9f * m + 0.7f * g;
+                w -= 0.1f * (g + 0.9f * m);
+              }
+            }
+            compare(is_adamw ? "adamw" : "sgd", value[i][x], w, dtype);
+            compare("momentum", first[i][x], m, dtype);
+            if (is_adamw) compare("squares", second[i][x], v, dtype);
+          }
+        }
+      }
+    }
+  }
+  SgdStep plain = sgd;  // without momentum there is no buffer
+  plain.momentum = 0;
+  for (const Slots& s : start) {
+    Numbers value = s.value;
+    sgd_step({{value.bytes.data(), s.gradient.bytes.data(), nullptr, nullptr, dtype, s.keep.get(), s.rows, s.size}},
+             plain, 2, current_isa());
+    compare("plain sgd", value[0], s.keep[0] ? s.value[0] - 0.1 * (s.gradient[0] + 0.01 * s.value[0]) : s.value[0],
+            dtype);
+  }
+}
+
+int main() {
+  std::mt19937 random(1);
+  // One less, the same and one more than a vector, a panel and a tile of columns, of rows, and a block of weights.
+  const std::vector<int64_t> filters = {1, 2, 3, 15, 16, 17, 33, 63, 64, 65, 129};
+  const std::vector<int64_t> sizes = {1, 2, 15, 16, 17, 27, 255, 256, 257};
+  for (DType dtype : {DType::float32, DType::bfloat16, DType::float16}) {
+    for (size_t i = 0; i < filters.size(); ++i) {
+      check_scores({{filters[i], sizes[i % sizes.size()]}, {filters[(i + 3) % 6], sizes[(i + 5) % 6]}}, dtype, random);
+    }
+    for (bool first_step : {false, true}) check_optimizers(dtype, first_step, random);
+  }
+  for (int64_t n : {191, 192, 193, 200}) check_scores({{n, 3}}, DType::float32, random);
+  check_scores({{3, 0}, {0, 5}, {2, 2}}, DType::float32, random);
+  check_single_criteria(random);
+  check_not_finite(random);
+  check_selection();
+  if (failures == 0) std::printf("all instruction sets up to %s: right\n", isa_name(current_isa()));
+  return failures != 0;
+}
