@@ -89,7 +89,9 @@ class _Parameters:
             addresses = [self._memory(tensor, param, masked, index != 1) for index, tensor in enumerate(tensors)]
             row_size = param.numel() // rows[i] if masked else param.numel()
             offset = offsets[i] if masked else -1
-            table.append((*addresses, *[0] * (4 - len(addresses)), param.numel(), row_size, offset, DTYPES[param.dtype]))
+            table.append(
+                (*addresses, *[0] * (4 - len(addresses)), param.numel(), row_size, offset, DTYPES[param.dtype])
+            )
             counts.append(triton.cdiv(param.numel(), _BLOCK))
         self.programs = sum(counts)
         if self.programs:
@@ -98,8 +100,8 @@ class _Parameters:
 
     def _memory(self, tensor: Tensor, param: Tensor, masked: bool, written: bool) -> int:
         if tensor.shape != param.shape or tensor.dtype != param.dtype or tensor.device != param.device:
-            raise RuntimeError(f"mfp: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device} does not fit its parameter, "
-                               f"{param.dtype} {tuple(param.shape)} on {param.device}")  # fmt: skip
+            own, other = (f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (tensor, param))
+            raise RuntimeError(f"mfp: {own} does not fit its parameter, {other}")
         rows_first = not masked or len(param) <= 1 or param.stride(0) * len(param) == param.numel()
         dense = rows_first and torch.ops.aten.is_non_overlapping_and_dense(param)
         if dense and tensor.stride() == param.stride():

@@ -80,7 +80,7 @@ def wide_distances(
 
 @triton.jit
 def store_sums(partial, width, row_block, column_block, rows, columns, to_row, to_column):
-    """A tile's sums into its own slots: those of its rows in slot `column_block`, of its columns in slot `row_block`."""
+    """A tile's sums into its own slots: its rows' in slot `column_block`, its columns' in slot `row_block`."""
     row_sums = tl.sum(to_row, 1)
     column_sums = tl.sum(to_column, 0)
     if row_block == column_block:

@@ -50,7 +50,9 @@ def scatter_add_(residual: Tensor, branch: Tensor, index: Tensor, relu: bool) ->
     last = not residual.is_contiguous()
     layout = torch.channels_last_3d if residual.dim() == 5 else torch.channels_last
     if last and not residual.is_contiguous(memory_format=layout):
-        raise RuntimeError(f"scatter_add_: residual has strides {residual.stride()}; expected contiguous or channels_last")
+        raise RuntimeError(
+            f"scatter_add_: residual has strides {residual.stride()}; expected contiguous or channels_last"
+        )
     source = branch.contiguous(memory_format=layout if last else torch.contiguous_format)
     numel = residual.numel() if relu else source.numel()
     if numel == 0:

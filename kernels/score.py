@@ -227,7 +227,10 @@ class _Layers:
 
     def items(self, pairs: bool) -> Tensor:
         tiles = [
-            (index, i, j) for index in self.order for i in range(self._tiles[index]) for j in range(0 if pairs else i, i + 1)
+            (index, i, j)
+            for index in self.order
+            for i in range(self._tiles[index])
+            for j in range(0 if pairs else i, i + 1)
         ]
         return upload(tiles, self.device)
 

@@ -57,7 +57,9 @@ def _int32(values: Sequence[int]):
 
 
 def mask_filters_(tensors: Sequence[Tensor], keep: Tensor, offsets: Sequence[int], rows: Sequence[int]) -> None:
-    row_bytes = [tensor.numel() * tensor.element_size() // max(count, 1) for tensor, count in zip(tensors, rows, strict=True)]
+    row_bytes = [
+        tensor.numel() * tensor.element_size() // max(count, 1) for tensor, count in zip(tensors, rows, strict=True)
+    ]
     error = build().mask_filters(_pointers(tensors), _int64(rows), _int64(row_bytes), _int64(offsets), len(tensors),
                                  ctypes.c_void_p(keep.data_ptr()))  # fmt: skip
     assert error == 0

@@ -28,10 +28,10 @@ int mask_filters(void** data, const int64_t* rows, const int64_t* row_bytes, con
 }
 
 // Launches `launches` times with one table, as the cache of tables does. Returns -1 where the plan has an error.
-int prune_filters(void** weights, const int64_t* filters, const int64_t* sizes, const int* dtypes, const int* num_pruned,
-                  int layers, void** followers, const int64_t* follower_row_bytes, const int* follower_layers,
-                  int num_followers, const int* kinds, const float* exponents, int requests, int chosen, float* scores,
-                  bool* keep, int launches) {
+int prune_filters(void** weights, const int64_t* filters, const int64_t* sizes, const int* dtypes,
+                  const int* num_pruned, int layers, void** followers, const int64_t* follower_row_bytes,
+                  const int* follower_layers, int num_followers, const int* kinds, const float* exponents, int requests,
+                  int chosen, float* scores, bool* keep, int launches) {
   std::vector<ScoredLayer> table(static_cast<size_t>(layers));
   std::vector<int64_t> offsets;
   int64_t total = 0;
@@ -47,7 +47,8 @@ int prune_filters(void** weights, const int64_t* filters, const int64_t* sizes, 
   std::vector<MaskedRows> rows;
   for (int i = 0; i < num_followers; ++i) {
     const int layer = follower_layers[i];
-    rows.push_back({static_cast<unsigned char*>(followers[i]), filters[layer], follower_row_bytes[i], offsets[layer], 0});
+    rows.push_back(
+        {static_cast<unsigned char*>(followers[i]), filters[layer], follower_row_bytes[i], offsets[layer], 0});
   }
   std::vector<Request> asked;
   for (int i = 0; i < requests; ++i) asked.push_back({static_cast<Kind>(kinds[i]), exponents[i], -1});
@@ -76,21 +77,27 @@ int masked_step(int adamw, void** values, void** gradients, void** first, void**
   const int64_t items = plan_step(table);
   const auto number = [&](int i) { return static_cast<float>(numbers[i]); };
   if (adamw == 0) {
-    const SgdStep step = {number(0), number(1), static_cast<float>(1 - numbers[2]), number(3),
-                          flags[0] != 0, flags[1] != 0, flags[2] != 0};
+    const SgdStep step = {number(0),     number(1),    static_cast<float>(1 - numbers[2]), number(3), flags[0] != 0,
+                          flags[1] != 0, flags[2] != 0};
     return launch_sgd(table.data(), count, items, keep, step, nullptr);
   }
   const double lr = numbers[0], beta1 = numbers[1], beta2 = numbers[2], steps = flags[2];
-  const AdamwStep step = {static_cast<float>(1 - lr * numbers[4]), static_cast<float>(1 - beta1), number(2),
-                          static_cast<float>(1 - beta2), static_cast<float>(std::sqrt(1 - std::pow(beta2, steps))),
-                          number(3), static_cast<float>(lr / (1 - std::pow(beta1, steps))), flags[1] != 0};
+  const AdamwStep step = {static_cast<float>(1 - lr * numbers[4]),
+                          static_cast<float>(1 - beta1),
+                          number(2),
+                          static_cast<float>(1 - beta2),
+                          static_cast<float>(std::sqrt(1 - std::pow(beta2, steps))),
+                          number(3),
+                          static_cast<float>(lr / (1 - std::pow(beta1, steps))),
+                          flags[1] != 0};
   return launch_adamw(table.data(), count, items, keep, step, nullptr);
 }
 
 int scatter_add(void* residual, const void* branch, const int64_t* index, int64_t outer, int64_t channels,
                 int64_t branch_channels, int64_t inner, int dtype, int relu) {
   return launch_scatter_add(
-      {residual, branch, index, outer, channels, branch_channels, inner, static_cast<DType>(dtype), relu != 0}, nullptr);
+      {residual, branch, index, outer, channels, branch_channels, inner, static_cast<DType>(dtype), relu != 0},
+      nullptr);
 }
 
 int tile_size() { return kTile; }

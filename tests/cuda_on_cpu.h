@@ -27,10 +27,18 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
 };
-struct float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(8) ushort4 { unsigned short x, y, z, w; };
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) ushort4 {
+  unsigned short x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
@@ -39,7 +47,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace shim {
 
-inline unsigned seed = 0;                          // of the order in which fibers take turns; 0: in order
+inline unsigned seed = 0;                             // of the order in which fibers take turns; 0: in order
 inline int processors = 1, blocks_per_processor = 2;  // what the "device" says of itself
 constexpr size_t kStack = 128 * 1024;
 
@@ -223,9 +231,16 @@ inline int __syncthreads_or(int value) {
   __syncthreads();
   return any;
 }
-template <class T> T __shfl_sync(unsigned, T value, int source) { return shim::from_lane(value, static_cast<unsigned>(source)); }
-template <class T> T __shfl_xor_sync(unsigned, T value, int mask) { return shim::from_lane(value, shim::lane() ^ static_cast<unsigned>(mask)); }
-template <class T> T __shfl_up_sync(unsigned, T value, int distance) {
+template <class T>
+T __shfl_sync(unsigned, T value, int source) {
+  return shim::from_lane(value, static_cast<unsigned>(source));
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return shim::from_lane(value, shim::lane() ^ static_cast<unsigned>(mask));
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, int distance) {
   const unsigned lane = shim::lane(), d = static_cast<unsigned>(distance);
   return shim::from_lane(value, lane >= d ? lane - d : lane);
 }
@@ -234,7 +249,8 @@ inline unsigned __ballot_sync(unsigned, bool value) {
   words[threadIdx.x] = value;
   shim::sync_warp();
   unsigned bits = 0;
-  for (unsigned lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(words[32 * shim::warp() + lane] != 0) << lane;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    bits |= static_cast<unsigned>(words[32 * shim::warp() + lane] != 0) << lane;
   shim::sync_warp();
   return bits;
 }
@@ -242,24 +258,72 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline void __threadfence() {}
 inline void __nanosleep(unsigned) { shim::yield(); }
-template <class T> T __ldcg(const T* address) { return *address; }
-template <class T> T __ldg(const T* address) { return *address; }
-template <class T> T atomicAdd(T* address, T value) { const T old = *address; *address += value; return old; }
-template <class T> T atomicExch(T* address, T value) { const T old = *address; *address = value; return old; }
-inline unsigned __float_as_uint(float value) { unsigned bits; std::memcpy(&bits, &value, 4); return bits; }
-inline float __uint_as_float(unsigned bits) { float value; std::memcpy(&value, &bits, 4); return value; }
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address += value;
+  return old;
+}
+template <class T>
+T atomicExch(T* address, T value) {
+  const T old = *address;
+  *address = value;
+  return old;
+}
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }  // the tests compile with -ffp-contract=off
-struct __half { uint16_t bits; };
+struct __half {
+  uint16_t bits;
+};
 inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
 inline uint16_t __half_as_ushort(__half half) { return half.bits; }
-inline float __half2float(__half half) { _Float16 value; std::memcpy(&value, &half.bits, 2); return static_cast<float>(value); }
-inline __half __float2half_rn(float value) { const _Float16 half = static_cast<_Float16>(value); __half result; std::memcpy(&result.bits, &half, 2); return result; }
+inline float __half2float(__half half) {
+  _Float16 value;
+  std::memcpy(&value, &half.bits, 2);
+  return static_cast<float>(value);
+}
+inline __half __float2half_rn(float value) {
+  const _Float16 half = static_cast<_Float16>(value);
+  __half result;
+  std::memcpy(&result.bits, &half, 2);
+  return result;
+}
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { *value = shim::processors; return cudaSuccess; }
-template <class Kernel> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) { *blocks = shim::blocks_per_processor; return cudaSuccess; }
-template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel, int, int) { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = shim::processors;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = shim::blocks_per_processor;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
+  return cudaSuccess;
+}

@@ -1,4 +1,4 @@
-"""CUDA kernels compile for sm_80, sm_90 and sm_100 without spilling a register, and the inner loop is what it should be."""
+"""CUDA kernels compile for sm_80, sm_90 and sm_100 without spilling; the inner loop is what it should be."""
 
 import functools
 import hashlib

@@ -6,6 +6,7 @@ What only a GPU can show (races, memory order, speed) is in the tests marked gpu
 import cuda_logic
 import pytest
 import torch
+
 from mfp import backend, reference
 
 NORM, DISTANCE, COSINE, HYBRID = range(4)
@@ -276,7 +277,7 @@ def test_masking_keeps_to_its_rows():
 
 
 def step_case(dtype, seed=0):
-    """Parameters of awkward sizes, some masked: shapes, then clones of (params, grads, first, second), keep, offsets, rows."""
+    """Parameters of awkward sizes, some masked: (params, grads, first, second), keep, offsets, rows."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(4, 3), (5, 8), (1,), (64, 147), (20, 1000), (7,), (40, 4), (3, 20000), (30001,)]
     groups = [[torch.randn(shape, generator=generator).to(dtype) for shape in shapes] for _ in range(4)]

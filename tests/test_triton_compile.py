@@ -23,7 +23,8 @@ def test_every_kernel_compiles_without_spilling():
     lines = [line.split() for line in run("resources").splitlines()]
     kernels = {line[0].split("[")[0] for line in lines}
     assert kernels == {
-        "_direct_kernel", "_power_kernel", "_select_kernel", "_mask_kernel", "_sgd_kernel", "_adamw_kernel", "_scatter_kernel"
+        "_direct_kernel", "_power_kernel", "_select_kernel", "_mask_kernel", "_sgd_kernel", "_adamw_kernel",
+        "_scatter_kernel",
     }  # fmt: skip
     for kernel in {line[0] for line in lines}:
         assert {line[1] for line in lines if line[0] == kernel} == {"80", "90", "100"}

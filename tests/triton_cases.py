@@ -6,8 +6,9 @@ process of its own with TRITON_INTERPRET=1.
 
 import pytest
 import torch
-from mfp import kernels, ops, reference
 from test_cuda_logic import ALL, DTYPES, PAPER, POWERS, assert_close, awkward, split, step_case
+
+from mfp import kernels, ops, reference
 
 BLOCK = kernels.score._BLOCK
 SHAPES = [(1, 1), (1, 9), (3, 27), (BLOCK - 1, 7), (BLOCK, 8), (BLOCK + 1, 65), (2 * BLOCK + 1, 12), (9, 300)]
@@ -155,7 +156,7 @@ def test_a_step_with_a_gradient_in_another_layout():
     assert params[0]._version > version
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", [(2, 5, 3, 3), (1, 90, 2, 5), (3, 64, 1, 1)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

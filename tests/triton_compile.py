@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 import triton
-from mfp import kernels
-from mfp.kernels import mask, optim, scatter, score
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from mfp import kernels
+from mfp.kernels import mask, optim, scatter, score
 
 TABLES = {"layers": "*i64", "items": "*i64", "tensors": "*i64", "parameters": "*i64", "index": "*i64"}
 FLOATS = ("p", "lr", "momentum", "dampening_rest", "weight_decay", "decay", "beta1_rest", "beta2", "beta2_rest",
@@ -96,7 +97,9 @@ def compilations_of_networks() -> list[int]:
     """How many compilations each of several networks caused, one after the other in one process."""
     triton.runtime.driver.set_active(_Device())
     launch = JITFunction.run
-    JITFunction.run = lambda self, *args, grid, warmup, **options: launch(self, *args, grid=grid, warmup=True, **options)
+    JITFunction.run = lambda self, *args, grid, warmup, **options: launch(
+        self, *args, grid=grid, warmup=True, **options
+    )
     known = {id(kernel): kernel for kernel, *_ in VARIANTS}.values()
     counts, before = [], 0
     for shapes, channels in (

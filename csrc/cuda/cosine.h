@@ -1,7 +1,7 @@
 // Cosine distances of a tile, from its squared distances and the norms:
 //   1 - cos = (|a - b|^2 - (|a| - |b|)^2) / (2 |a| |b|).
-// Where that difference cancels (norms far apart, or parallel filters of different norm), from the products instead, and
-// where these cancel too, from the directions in double, pair by pair.
+// Where that difference cancels (norms far apart, or parallel filters of different norm), from the products instead,
+// and where these cancel too, from the directions in double, pair by pair.
 #pragma once
 
 #include "cuda/pairs.h"

@@ -8,7 +8,8 @@ namespace {
 
 constexpr int kMaskThreads = 256;
 
-__global__ void __launch_bounds__(kMaskThreads) mask_kernel(const MaskedRows* tensors, int32_t count, const bool* keep) {
+__global__ void __launch_bounds__(kMaskThreads)
+    mask_kernel(const MaskedRows* tensors, int32_t count, const bool* keep) {
   const int64_t item = blockIdx.x;
   const MaskedRows tensor = tensors[find_entry(tensors, count, item)];
   const int64_t step = rows_per_item(tensor.row_bytes);
@@ -29,7 +30,8 @@ int64_t plan_mask(std::vector<MaskedRows>& tensors) {
   return items;
 }
 
-cudaError_t launch_mask(const MaskedRows* tensors, int32_t count, int64_t items, const bool* keep, cudaStream_t stream) {
+cudaError_t launch_mask(const MaskedRows* tensors, int32_t count, int64_t items, const bool* keep,
+                        cudaStream_t stream) {
   if (items == 0) return cudaSuccess;
   MFP_LAUNCH(mask_kernel, static_cast<unsigned>(items), kMaskThreads, 0, stream, tensors, count, keep);
   return cudaGetLastError();

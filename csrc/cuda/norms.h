@@ -78,7 +78,8 @@ __device__ inline void score_norms(const ScoreArguments& arguments, const Scored
     const double euclidean = sqrt(sums.square);
     if (lane == 0) {
       const float high = static_cast<float>(euclidean);
-      arguments.norms[layer.offset + row] = make_float2(high, static_cast<float>(euclidean - static_cast<double>(high)));
+      arguments.norms[layer.offset + row] =
+          make_float2(high, static_cast<float>(euclidean - static_cast<double>(high)));
     }
     for (int32_t index = 0; index < arguments.num_requests; ++index) {
       const Request request = arguments.requests[index];

@@ -8,7 +8,7 @@ namespace mfp::cuda {
 namespace {
 
 constexpr int kStepThreads = 256;
-constexpr int kUnroll = 4;                                   // vectors of four that a thread has on their way
+constexpr int kUnroll = 4;                                // vectors of four that a thread has on their way
 constexpr int kPerItem = 4 * kStepThreads * 4 * kUnroll;  // elements of one item
 
 struct Sgd {
@@ -21,8 +21,7 @@ struct Sgd {
     if (step.maximize) gradient = -gradient;
     if (step.weight_decay != 0.0f) gradient = fmaf(step.weight_decay, value, gradient);
     if (step.momentum != 0.0f) {
-      momentum = step.first_step ? gradient
-                                 : fmaf(step.dampening_rest, gradient, __fmul_rn(momentum, step.momentum));
+      momentum = step.first_step ? gradient : fmaf(step.dampening_rest, gradient, __fmul_rn(momentum, step.momentum));
       gradient = step.nesterov ? fmaf(step.momentum, momentum, gradient) : momentum;
     }
     value = fmaf(-step.lr, gradient, value);

@@ -11,8 +11,8 @@ namespace mfp::cuda {
 struct Parameter {
   void* values;
   const void* gradient;
-  void* first;          // momentum, or mean of the gradients; null for SGD without momentum
-  void* second;         // mean of the squared gradients; AdamW only
+  void* first;   // momentum, or mean of the gradients; null for SGD without momentum
+  void* second;  // mean of the squared gradients; AdamW only
   int64_t numel;
   int64_t row_size;     // elements that one filter owns
   int64_t keep_offset;  // of its first filter in the mask; -1: not masked

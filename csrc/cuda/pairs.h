@@ -26,7 +26,7 @@ constexpr float kSmallestSquare = 1e-30f, kLargestSquare = 1e30f;
 struct BlockMemory {
   float stages[2][kStage];
   float high[2 * kTile], low[2 * kTile], inverse[2 * kTile];  // norms of the tile's rows, then columns
-  ScoredLayer layer;  // here and not in registers, which the sums need
+  ScoredLayer layer;                                          // here and not in registers, which the sums need
   int32_t item, flag;
 };
 
@@ -174,7 +174,8 @@ __device__ inline void sum_differences(const ScoredLayer& layer, const Tile& til
 }
 
 // Adds what each pair gives to its row and to its column, and stores the sums in the tile's own slots: the sums of row
-// block i over column block j in slot j, those of column block j over row block i in slot i. pair(i, j) -> {row, column}.
+// block i over column block j in slot j, those of column block j over row block i in slot i. pair(i, j) -> {row,
+// column}.
 template <class Pair>
 __device__ inline void store_sums(const Tile& tile, BlockMemory& memory, float* partial, int32_t tiles, Pair pair) {
   float row_sums[kRows] = {}, column_sums[kColumns] = {};
@@ -189,8 +190,8 @@ __device__ inline void store_sums(const Tile& tile, BlockMemory& memory, float* 
       }
     }
   }
-  float(*rows)[17] = reinterpret_cast<float(*)[17]>(memory.stages[0]);      // 16 threads share a row
-  float(*columns)[9] = reinterpret_cast<float(*)[9]>(memory.stages[0] + kTile * 17);  // 8 share a column
+  float (*rows)[17] = reinterpret_cast<float (*)[17]>(memory.stages[0]);                // 16 threads share a row
+  float (*columns)[9] = reinterpret_cast<float (*)[9]>(memory.stages[0] + kTile * 17);  // 8 share a column
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kRows; ++i) rows[Tile::row(i)][8 * Tile::warp_column() + Tile::column(0) % 8] = row_sums[i];

@@ -1,5 +1,5 @@
-// Distances whose powers would leave the range of float32 or have an exponent other than 1 and 2: each pair is scaled by
-// its largest difference, in two passes over the weights. Slower than the direct way.
+// Distances whose powers would leave the range of float32 or have an exponent other than 1 and 2: each pair is scaled
+// by its largest difference, in two passes over the weights. Slower than the direct way.
 #pragma once
 
 #include "cuda/norms.h"
@@ -18,7 +18,8 @@ struct Power {
   __device__ float root(float x) const { return power(x, 1.0f / p); }
 };
 
-// Calls add(i, j, |a - b|) for the pairs of a stage, one k at a time: the code of a power is too long to unroll further.
+// Calls add(i, j, |a - b|) for the pairs of a stage, one k at a time: the code of a power is too long to unroll
+// further.
 template <class Add>
 __device__ inline void for_each_difference(const float* rows, const float* columns, Add add) {
 #pragma unroll 1

@@ -12,10 +12,10 @@ void scatter_add_(const at::Tensor& residual, const at::Tensor& branch, const at
   check_device("scatter_add_", "branch, index", {branch, index}, residual.device());
   TORCH_CHECK(residual.dim() >= 2 && branch.dim() == residual.dim() && branch.size(1) == index.numel(),
               "scatter_add_: residual is ", residual.sizes(), ", branch ", branch.sizes(), ", index ", index.sizes());
-  TORCH_CHECK(branch.scalar_type() == residual.scalar_type() && index.scalar_type() == at::kLong &&
-                  index.is_contiguous(),
-              "scatter_add_: branch is ", branch.scalar_type(), ", residual ", residual.scalar_type(),
-              ", index ", index.scalar_type(), "; expected two of one dtype and a contiguous int64 vector");
+  TORCH_CHECK(
+      branch.scalar_type() == residual.scalar_type() && index.scalar_type() == at::kLong && index.is_contiguous(),
+      "scatter_add_: branch is ", branch.scalar_type(), ", residual ", residual.scalar_type(), ", index ",
+      index.scalar_type(), "; expected two of one dtype and a contiguous int64 vector");
   const bool last = !residual.is_contiguous() && residual.stride(1) == 1;
   const auto format = residual.suggest_memory_format();
   TORCH_CHECK(residual.is_contiguous() || (last && residual.is_contiguous(format)),

@@ -74,15 +74,15 @@ __device__ void leave(const ScoreArguments& arguments, BlockMemory& memory) {
 // Blocks a multiprocessor: as many as the registers of the sums allow without spilling. Two are enough: a warp has 32
 // independent sums to work on, and a barrier comes once in 3,000 instructions.
 template <bool kL1, bool kL2>
-__global__ void __launch_bounds__(kThreads, kL1 && kL2 ? 2 : kL1 || kL2 ? 3 : 4)
-    score_kernel(const ScoreArguments arguments) {
+__global__ void __launch_bounds__(kThreads, kL1&& kL2    ? 2
+                                            : kL1 || kL2 ? 3
+                                                         : 4) score_kernel(const ScoreArguments arguments) {
   MFP_SHARED_BYTES(bytes);
   BlockMemory& memory = *reinterpret_cast<BlockMemory*>(bytes);
   for (;;) {
     const int32_t number = next_item(arguments, memory);
     if (number >= arguments.items) break;
-    const Segment segment =
-        arguments.segments[find_entry(arguments.segments, arguments.num_segments, int64_t{number})];
+    const Segment segment = arguments.segments[find_entry(arguments.segments, arguments.num_segments, int64_t{number})];
     const int64_t item = number - segment.first_item;
     if (segment.step == Step::zero) {
       zero_rows(arguments, arguments.zeroed[segment.index], item);

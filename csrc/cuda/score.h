@@ -54,11 +54,11 @@ struct ScoreArguments {
   const Segment* segments;
   const Request* requests;
   const MaskedRows* zeroed;
-  int32_t* counters;  // zero before and after each launch: kNumCounters, then per layer arrivals and norm arrivals
+  int32_t* counters;     // zero before and after each launch: kNumCounters, then per layer arrivals and norm arrivals
   int32_t num_layers;    // that have filters
   int32_t table_layers;  // with those that have none
   int32_t num_segments, num_requests;
-  int32_t chosen;  // request that selects; -1: only score
+  int32_t chosen;                  // request that selects; -1: only score
   int32_t l1, l2, cosine, hybrid;  // channels, -1 if not asked for
   int32_t items;
   int64_t filters, slots;  // F; partial sums a channel
@@ -89,8 +89,8 @@ struct ScorePlan {
   std::string error;
 };
 
-// layers: weights, filters, filter_size, dtype and num_pruned are read, the rest is filled. followers: rows to zero with
-// the filters of a layer, keep_offset set. chosen = -1: nothing is selected or zeroed.
+// layers: weights, filters, filter_size, dtype and num_pruned are read, the rest is filled. followers: rows to zero
+// with the filters of a layer, keep_offset set. chosen = -1: nothing is selected or zeroed.
 ScorePlan plan_scores(std::vector<ScoredLayer> layers, std::vector<Request> requests,
                       const std::vector<MaskedRows>& followers, int32_t chosen);
 

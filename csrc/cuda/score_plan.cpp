@@ -72,9 +72,8 @@ ScorePlan plan_scores(std::vector<ScoredLayer> layers, std::vector<Request> requ
     layer.slots = arguments.slots;
     layer.aligned = row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(layer.weights) % 16 == 0;
     const int64_t tiles = (layer.filters + kTile - 1) / kTile, triangle = tiles * (tiles + 1) / 2;
-    const int64_t norm_items = norms ? (layer.filters + rows_per_norm_item(layer.filter_size) - 1) /
-                                           rows_per_norm_item(layer.filter_size)
-                                     : 0;
+    const int64_t norm_items =
+        norms ? (layer.filters + rows_per_norm_item(layer.filter_size) - 1) / rows_per_norm_item(layer.filter_size) : 0;
     layer.tiles = static_cast<int32_t>(tiles);
     layer.norm_items = static_cast<int32_t>(norm_items);
     layer.items = static_cast<int32_t>(norm_items + triangle * ((pairs ? 1 : 0) + powers));
