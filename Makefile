@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 TORCH := torch==2.14.1 torchvision==0.29.1
 BUILD_TOOLS := numpy ninja pybind11 wheel "setuptools>=77,<82"
 
-.PHONY: demo test lint wheel-test sanitize clean
+.PHONY: demo test gpu lint wheel-test sanitize clean
 
 demo: $(VENV)/installed  ## train ResNet-20 on handwritten digits, prune, compact, prove and show what was gained
 	$(BIN)/mfp prune
 
 test: $(VENV)/installed  ## everything that can be proved on this machine
 	$(BIN)/python -m pytest
+
+gpu:  ## on a machine with a GPU: build, test and measure with the python and torch that are there (benchmarks/gpu.py)
+	$(PYTHON) benchmarks/gpu.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
