@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mfp.train.config import RunConfig
 
 USERS_MISTAKE, FAILURE = 2, 1
+NAMES = {"flops": "FLOPs", "parameters": "parameters", "milliseconds": "time"}
 
 app = typer.Typer(
     help="Filter pruning of convolutional networks, down to a smaller network that is really faster.",
@@ -202,23 +203,21 @@ def _print_result(result: dict[str, Any], output: Path, recipe_name: str | None)
     row(f"ms per image (batch {result['timing_batch']})", "milliseconds", "{:.3f}")
     console.print(table)
     dense, compact = result["dense"], result["compact"]
-    console.print(f"FLOPs saved: {_saved(dense['flops'], compact['flops'])}, parameters saved: "
-                  f"{_saved(dense['parameters'], compact['parameters'])}, time saved: "
-                  f"{_saved(dense['milliseconds'], compact['milliseconds'])} (both with BatchNorm folded)")  # fmt: skip
-    console.print(
-        f"largest difference between masked and compact outputs: {result['difference']:.1e} of the largest output"
-    )
-    console.print(f"criterion chosen at each pruning point: {_runs(result['criteria'])}", soft_wrap=True)
+    saved = {key: 1 - compact[key] / dense[key] for key in ("flops", "parameters", "milliseconds")}
+    lines = [
+        "saved: " + ", ".join(f"{100 * share:.1f} % of the {NAMES[key]}" for key, share in saved.items())
+        + " (both with BatchNorm folded, in their faster memory format)",
+        f"largest difference between masked and compact outputs: {result['difference']:.1e} of the largest output",
+        f"criterion chosen at each pruning point: {_runs(result['criteria'])}",
+        f"run directory: {output} (the smaller network: {output / 'compact.mfp'})",
+    ]  # fmt: skip
     if recipe_name:
         from mfp.train.recipes import recipe
 
         published = ", ".join(f"{key} {value:g} %" for key, value in recipe(recipe_name).published.items())
-        console.print(f"published for {recipe_name}: {published} (method.md: FPGM, tables 1 and 2)", soft_wrap=True)
-    console.print(f"run directory: {output} (smaller network: {output / 'compact.mfp'})", soft_wrap=True)
-
-
-def _saved(before: float, after: float) -> str:
-    return f"{100 * (1 - after / before):.1f} %"
+        lines.append(f"published for {recipe_name}: {published} (FPGM, tables 1 and 2)")
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 def _runs(names: list[str]) -> str:

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from safetensors import safe_open
-from train_helpers import tiny_config, tiny_data, tiny_trainer
+from train_helpers import one_thread, tiny_config, tiny_data, tiny_trainer  # noqa: F401
 
 from mfp.errors import MfpError
 from mfp.train import engine
@@ -19,6 +19,8 @@ from mfp.train.checkpoints import CheckpointError, checkpoint_files, digest_of, 
 from mfp.train.config import RunConfig
 from mfp.train.engine import Interrupted
 from mfp.train.evaluation import evaluate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def test_training_learns_and_prunes(tmp_path, data):
     [
         {},
         {"mode": "hard"},
-        {"settle": 1, "recalibrate": True},
+        {"settle": 0.5, "recalibrate": True, "clip": 0.5},
         {"mode": "asymptotic", "ema": 0.9},
         {"precision": "bfloat16", "mask_bn": False},
         {"precision": "float16", "recalibrate": True},

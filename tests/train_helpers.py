@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -46,7 +47,16 @@ def tiny_data(train: int = 48, test: int = 20, seed: int = 0) -> ImageData:
 
 def tiny_config(**settings) -> RunConfig:
     return RunConfig(
-        **{"epochs": 2, "batch": 12, "lr": 0.05, "calibration_batches": 2, "channels_last": False, **settings}
+        **{
+            "epochs": 2,
+            "batch": 12,
+            "lr": 0.05,
+            "calibration_batches": 2,
+            "channels_last": False,
+            "settle": 0.0,
+            "clip": 0.0,
+            **settings,
+        }
     )
 
 
@@ -61,7 +71,16 @@ def tiny_trainer(
     if prune:
         pruner = mfp.FilterPruner(
             model, config.rate, criteria=config.criteria, attribute=config.attribute, mode=config.mode,
-            calibration=calibration_batches(config, data, world), interval=config.interval, epochs=config.epochs,
-            mask_bn=config.mask_bn, recalibrate=config.recalibrate,
+            calibration=calibration_batches(config, data, world), interval=config.interval,
+            epochs=config.choosing_epochs, mask_bn=config.mask_bn, recalibrate=config.recalibrate,
         )  # fmt: skip
     return Trainer(config, data, model, directory, pruner, world, Reporter(quiet=True))
+
+
+@pytest.fixture
+def one_thread():
+    """Bits depend on the number of threads, and forked processes must not need threads that they do not have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

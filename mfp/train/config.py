@@ -47,16 +47,16 @@ class RunConfig:
     attribute: str = _option("loss", "what the chosen criterion must keep: weight_energy, sparsity, loss, ...")
     mode: str = _option("soft", f"one of {', '.join(MODES)}")
     interval: int = _option(1, "epochs from one pruning point to the next")
-    settle: int = _option(0, "epochs at the end in which the mask holds and only the kept filters learn")
+    settle: float = _option(0.55, "share of the epochs, at the end, in which the mask holds and kept filters learn")
     per_layer: bool = _option(False, "choose the criterion per layer (attributes without data)")
     mask_bn: bool = _option(True, "zero the BatchNorm of a pruned filter with it (the papers do not)")
     recalibrate: bool = _option(False, "re-estimate BatchNorm statistics after each pruning")
     channel_multiple: int = _option(1, "round the filters kept per layer up to a multiple of this")
     skip: tuple[str, ...] = _option(("downsample",), "parts of layer names that are not pruned, by commas")
     layer_rates: dict[str, float] = _option({}, "rates of single layers, as conv1=0,fc=0.2")
-    calibration_batches: int = _option(4, "batches of training images for attributes that need data")
+    calibration_batches: int = _option(2, "batches of training images for attributes that need data")
 
-    epochs: int = _option(20, "epochs")
+    epochs: int = _option(15, "epochs")
     batch: int = _option(64, "images per optimiser step, over all processes")
     accumulate: int = _option(1, "parts in which a process computes its share of a batch, to save memory")
     lr: float = _option(0.1, "highest learning rate")
@@ -67,6 +67,7 @@ class RunConfig:
     milestones: tuple[int, ...] = _option((), "epochs at which 'step' multiplies the rate by gamma, by commas")
     gamma: float = _option(0.1, "factor of 'step'")
     warmup_epochs: float = _option(0.0, "epochs in which the learning rate rises linearly")
+    clip: float = _option(1.0, "largest norm of all gradients together; 0: no limit")
     label_smoothing: float = _option(0.0, "label smoothing")
     ema: float = _option(0.0, "decay of an average of the weights that is evaluated instead; 0: none")
     precision: str = _option("float32", f"{', '.join(PRECISIONS)}: the last two with automatic mixed precision")
@@ -89,14 +90,14 @@ class RunConfig:
             self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         for name in ("epochs", "batch", "accumulate", "interval", "calibration_batches", "channel_multiple"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("workers", "checkpoint_every", "settle", "warmup_epochs", "weight_decay", "momentum"):
+        for name in ("workers", "checkpoint_every", "clip", "warmup_epochs", "weight_decay", "momentum"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         self._check("lr", self.lr > 0 and math.isfinite(self.lr), "above 0")
         self._check("timeout", self.timeout > 0, "above 0 seconds")
         self._check("ema", 0 <= self.ema < 1, "at least 0 and below 1")
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1")
         self._check("warmup_epochs", self.warmup_epochs < self.epochs, f"below --epochs {self.epochs}")
-        self._check("settle", self.settle < self.epochs, f"below --epochs {self.epochs}")
+        self._check("settle", 0 <= self.settle < 1, "at least 0 and below 1")
         self._check("criteria", bool(self.criteria), "at least one name")
         if self.batch % self.accumulate:
             raise MfpError(f"--batch {self.batch} cannot be cut into --accumulate {self.accumulate} equal parts")
@@ -104,6 +105,11 @@ class RunConfig:
     def _check(self, name: str, good: bool, wanted: str) -> None:
         if not good:
             raise MfpError(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(self, name)}")
+
+    @property
+    def choosing_epochs(self) -> int:
+        """The epochs before the mask holds; the last pruning point is at their end."""
+        return self.epochs - int(self.epochs * self.settle)
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step, counted from the start of the run: a pure function, nothing to save."""

@@ -61,6 +61,11 @@ class World:
                 "hardware or library versions, or a bug); nothing was saved after it: resume from the last checkpoint"
             )
 
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model itself, or in DistributedDataParallel; buffers are those of rank 0 at every forward."""
         if self.size == 1:

@@ -2,7 +2,7 @@
 
 What a step does depends on the weights, the optimiser's state and its position (epoch, batch) alone: order and
 augmentation come from mfp.train.data, the learning rate is a function of the step, and the random state (for
-dropout) is seeded anew for every step and rank. So a checkpoint needs no random states, and a run resumed from any
+dropout) is seeded anew for every part of every step. So a checkpoint needs no random states, and a run resumed from any
 step ends with the same bits as one that was never stopped (on CPU).
 """
 
@@ -161,7 +161,6 @@ class Trainer:
                 images, targets = (tensor.to(self.world.device, non_blocking=True) for tensor in next(loader))
                 if self.config.channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
-            self._seed_step()
             with clock("forward_backward"):
                 self._forward_backward(images, targets)
             with clock("optimiser"):
@@ -176,25 +175,26 @@ class Trainer:
         self._mean_loss()
         return steps * self.config.batch
 
-    def _seed_step(self) -> None:
-        seed = derive_seed(self.config.seed, "step", self.epoch, self.batch, self.world.rank)
-        torch.manual_seed(seed)
-        random.seed(seed)
-
     def _forward_backward(self, images: Tensor, targets: Tensor) -> None:
-        config, last = self.config, self.config.accumulate - 1
+        count, last = self.config.accumulate, self.config.accumulate - 1
         self.optimizer.zero_grad(set_to_none=True)
-        for number, (part, wanted) in enumerate(
-            zip(images.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True)
-        ):
+        parts = zip(images.chunk(count), targets.chunk(count), strict=True)
+        for number, (part, wanted) in enumerate(parts):
+            self._seed_part(self.world.rank * count + number)
             waits = number < last and self.world.size > 1
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
                 with self._autocast():
                     outputs = self.parallel(part)
-                    loss = F.cross_entropy(outputs, wanted, label_smoothing=config.label_smoothing)
-                self.scaler.scale(loss / config.accumulate).backward()
+                    loss = F.cross_entropy(outputs, wanted, label_smoothing=self.config.label_smoothing)
+                self.scaler.scale(loss / count).backward()
             hits = (outputs.detach().argmax(1) == wanted).sum()
             self.totals += torch.stack([loss.detach() * len(wanted), hits, hits.new_tensor(len(wanted))]).double()
+
+    def _seed_part(self, part: int) -> None:
+        """Parts are counted over the ranks, so that two ranks draw what one draws that accumulates two parts."""
+        seed = derive_seed(self.config.seed, "step", self.epoch, self.batch, part)
+        torch.manual_seed(seed)
+        random.seed(seed)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.config.precision == "float32":
@@ -205,6 +205,9 @@ class Trainer:
         rate = self.config.learning_rate(self.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self.config.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.averaged:
@@ -252,7 +255,12 @@ class Trainer:
             return {}
         # before the decision: ranks that differ could otherwise try different neighbours, and wait for each other
         self._require_equal_weights()
-        if self.world.first and self.epoch == self.config.epochs - 1:
+        holds = self.pruner.mode == "hard" and self.pruner.mask is not None
+        if (
+            self.world.first
+            and not holds
+            and (self.pruner.mask is None or self.epoch == self.config.choosing_epochs - 1)
+        ):
             self._write_scores()
         decision = self.pruner.step(self.epoch)
         if decision is None:
@@ -268,7 +276,7 @@ class Trainer:
 
     def _hold_mask(self, epoch: int) -> None:
         """In `hard` mode and in the last epochs, which `settle` counts, the mask holds from this epoch on."""
-        if self.pruner and self.pruner.mask and epoch >= self.config.epochs - self.config.settle:
+        if self.pruner and self.pruner.mask and epoch >= self.config.choosing_epochs and self.config.settle:
             self.pruner.hold_()
         if self.pruner and self.pruner.mode == "hard":
             self.optimizer.mask = self.pruner.mask

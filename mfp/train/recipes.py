@@ -14,11 +14,12 @@ from mfp.errors import MfpError
 CIFAR10 = {
     "epochs": 200, "batch": 128, "momentum": 0.9, "weight_decay": 5e-4,
     "schedule": "step", "milestones": (60, 120, 160), "gamma": 0.2, "rate": 0.4, "mask_bn": False, "workers": 4,
+    "settle": 0.0, "clip": 0.0,
 }  # fmt: skip
 ILSVRC2012 = {
     "epochs": 100, "batch": 256, "momentum": 0.9, "weight_decay": 1e-4,
     "schedule": "step", "milestones": (30, 60, 90), "gamma": 0.1, "rate": 0.3, "mask_bn": False,
-    "workers": 8, "dense": False,
+    "workers": 8, "dense": False, "settle": 0.0, "clip": 0.0,
 }  # fmt: skip
 
 

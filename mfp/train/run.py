@@ -46,16 +46,20 @@ def run(
     world = join(config.device, config.timeout)
     directory = Path(directory)
     reporter = reporter or Reporter(quiet=not world.first)
-    prepare_directory(config, directory, resume, world)
+    check_directory(config, directory, resume)
     data = load_data(config.data, config.seed, download=config.download)
+    # all that can be wrong with the settings is found before anything is trained or written
+    model = make_network(config, data, world)
+    pruner = make_pruner(config, model, data, world)
+    pruned = Trainer(config, data, model, directory / "pruned", pruner, world, reporter)
     dense = make_network(config, data, world)
+    world.barrier()  # every rank has looked at the directory
+    if world.first:
+        write_atomically(directory / "config.json", config.to_json().encode())
     if config.dense:
         trainer = Trainer(config, data, dense, directory / "dense", world=world, reporter=reporter)
         _train(trainer, resume)
         dense = trainer.final_model
-    model = make_network(config, data, world)
-    pruner = make_pruner(config, model, data, world)
-    pruned = Trainer(config, data, model, directory / "pruned", pruner, world, reporter)
     _train(pruned, resume)
     result = {}
     if world.first:
@@ -64,18 +68,18 @@ def run(
     return result
 
 
-def prepare_directory(config: RunConfig, directory: Path, resume: bool, world: World) -> None:
-    """Makes the run directory and stores the configuration in it; refuses one that holds another run."""
+def check_directory(config: RunConfig, directory: Path, resume: bool) -> None:
+    """Refuses a directory that holds another run.
+
+    Raises:
+        MfpError: with the settings that differ, or the way to go on.
+    """
     file = directory / "config.json"
-    stored = file.exists()
-    if world.size > 1:
-        torch.distributed.barrier()  # all have looked before the first one writes
-    if stored and not resume:
+    if not file.exists():
+        return
+    if not resume:
         raise MfpError(f"{directory} already holds a run: go on with it by --resume, or give another --output")
-    if stored:
-        config.require_same(RunConfig.from_json(file.read_text(), str(file)).identity(), str(file))
-    elif world.first:
-        write_atomically(file, config.to_json().encode())
+    config.require_same(RunConfig.from_json(file.read_text(), str(file)).identity(), str(file))
 
 
 def make_network(config: RunConfig, data: ImageData, world: World) -> nn.Module:
@@ -93,8 +97,9 @@ def make_pruner(config: RunConfig, model: nn.Module, data: ImageData, world: Wor
     pruner = mfp.FilterPruner(
         model, config.rate, criteria=config.criteria, attribute=config.attribute,
         calibration=calibration_batches(config, data, world), mode=config.mode, interval=config.interval,
-        epochs=config.epochs, mask_bn=config.mask_bn, channel_multiple=config.channel_multiple, skip=config.skip,
-        layer_rates=config.layer_rates or None, per_layer=config.per_layer, recalibrate=config.recalibrate,
+        epochs=config.choosing_epochs, mask_bn=config.mask_bn, channel_multiple=config.channel_multiple,
+        skip=config.skip, layer_rates=config.layer_rates or None, per_layer=config.per_layer,
+        recalibrate=config.recalibrate,
     )  # fmt: skip
     if not any(layer.num_pruned for layer in pruner.plan.layers):
         raise MfpError(
@@ -108,7 +113,7 @@ def calibration_batches(config: RunConfig, data: ImageData, world: World) -> lis
     """Training images as they are, the same for every candidate and every epoch; each rank gets its share."""
     order = epoch_order(len(data.plain), derive_seed(config.seed, "calibration"), 0)
     batches = []
-    for number in range(min(config.calibration_batches, len(order) // config.batch)):
+    for number in range(max(1, min(config.calibration_batches, len(order) // config.batch))):
         indices = order[number * config.batch : (number + 1) * config.batch][world.rank :: world.size]
         images, targets = zip(*(data.plain[0, index] for index in indices), strict=True)
         batches.append((torch.stack(images).to(world.device), torch.tensor(targets, device=world.device)))

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mfp
+from mfp import cli
+from mfp.train.checkpoints import checkpoint_files
+from mfp.train.config import RunConfig
+from mfp.train.recipes import RECIPES
+
+TINY = (
+    "--model",
+    "train_helpers:TinyNet",
+    "--epochs",
+    "2",
+    "--batch",
+    "100",
+    "--lr",
+    "0.05",
+    "--settle",
+    "0",
+    "--calibration-batches",
+    "1",
+)
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Runs `mfp ...` in this process: exit code, standard output, standard error."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mfp", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of the tiny network, and what it printed."""
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    arguments = [sys.executable, "-m", "mfp", "prune", *TINY, "--output", directory]
+    process = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+    assert process.returncode == 0, process.stderr
+    return directory, process
+
+
+def test_prune_end_to_end(finished):
+    directory, process = finished
+    result = json.loads((directory / "result.json").read_text())
+    assert result["masked"]["top1"] == result["compact"]["top1"]
+    assert result["difference"] < 1e-5
+    assert result["compact"]["flops"] < 0.8 * result["dense"]["flops"] == 0.8 * result["masked"]["flops"]
+    assert result["compact"]["parameters"] < 0.8 * result["dense"]["parameters"]
+    assert result["compact"]["milliseconds"] > 0 < result["dense"]["milliseconds"]
+    assert result["kept"] == {"conv1": [5, 8], "conv2": [8, 12]}
+    assert len(result["criteria"]) == 2
+    for text in ("accuracy, % (top-1)", "FLOPs (multiply-adds)", "parameters", "ms per image", "criterion chosen"):
+        assert text in process.stdout
+    assert f"{result['dense']['flops']:,}" in process.stdout
+    assert process.stderr.count("epoch 1/2") == process.stderr.count("epoch 2/2") == 2  # dense and pruned
+    names = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    assert {"config.json", "compact.mfp", "dense/epochs.csv", "pruned/epochs.csv", "pruned/scores.safetensors"} <= names
+    assert len(checkpoint_files(directory / "pruned")) == 2
+
+
+def test_evaluate_masked_and_compact(finished, command):
+    directory, _ = finished
+    result = json.loads((directory / "result.json").read_text())
+    accuracy = f"top-1 {result['compact']['top1']:.2f} %"
+    code, out, _ = command("evaluate", directory / "compact.mfp")
+    assert code == 0
+    assert accuracy in out
+    assert f"{result['compact']['flops']:,} FLOPs" in out
+    code, out, err = command("evaluate", directory, "--model", "train_helpers:TinyNet")
+    assert code == 0, err
+    assert accuracy in out
+    assert f"{result['masked']['flops']:,} FLOPs" in out
+
+
+def test_compact_a_checkpoint(finished, command, tmp_path):
+    directory, _ = finished
+    newest = checkpoint_files(directory / "pruned")[-1]
+    code, out, err = command("compact", newest, "--output", tmp_path / "s.mfp", "--model", "train_helpers:TinyNet")
+    assert code == 0, err
+    small, ours = mfp.load(tmp_path / "s.mfp"), mfp.load(directory / "compact.mfp")
+    assert [p.shape for p in small.parameters()] == [p.shape for p in ours.parameters()]
+    assert f"{(tmp_path / 's.mfp').stat().st_size:,} bytes" in out
+
+
+def test_a_file_never_causes_an_import(finished, command):
+    directory, _ = finished
+    code, _, err = command("compact", directory)
+    assert code == 2
+    assert "is imported only if you say --model train_helpers:TinyNet" in err
+    code, _, err = command("prune", "--output", directory, "--resume")
+    assert code == 2
+    assert "names a function of yours; it is imported only if you say --model train_helpers:TinyNet" in err
+
+
+def test_resuming_a_finished_run_gives_the_same(finished, command):
+    directory, _ = finished
+    before = json.loads((directory / "result.json").read_text())
+    code, _, err = command("prune", "--output", directory, "--resume", "--model", "train_helpers:TinyNet")
+    assert code == 0, err
+    after = json.loads((directory / "result.json").read_text())
+    assert after["digest"] == before["digest"]
+    assert after["masked"] == before["masked"]
+
+
+def test_runs_are_kept_apart(finished, command):
+    directory, _ = finished
+    code, _, err = command("prune", *TINY, "--output", directory)
+    assert code == 2
+    assert f"{directory} already holds a run: go on with it by --resume, or give another --output" in err
+    code, _, err = command("prune", *TINY, "--output", directory, "--resume", "--lr", "0.3")
+    assert code == 2
+    assert "config.json is of another run: it has lr 0.05 instead of 0.3" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("prune --rate 1", "error: --rate must be at least 0 and below 1, not 1.0"),
+        ("prune --rate 0", "--rate 0.0 with --channel-multiple 1 prunes no filter of any of the 19 layers of resnet20"),
+        ("prune --arch resnet21", "unknown network 'resnet21'; near it: "),
+        ("prune --arch os:getcwd", "code of yours is imported only by --model package:function"),
+        ("prune --model resnet20", "write package:function (names of networks go to --arch)"),
+        ("prune --model os.path:nothing", "--model os.path:nothing: cannot find it"),
+        ("prune --data mnist", "unknown data 'mnist'; known are digits, cifar10:PATH, imagenet:PATH"),
+        ("prune --data cifar10:/nowhere", "no folder /nowhere/cifar-10-batches-py"),
+        ("prune --criteria l3", "unknown criterion 'l3': known are l1_norm"),
+        ("prune --attribute beauty", "unknown attribute 'beauty': known are weight_energy, sparsity, loss"),
+        ("prune --mode firm", "--mode must be one of soft, hard, asymptotic, cubic, not firm"),
+        ("prune --weights nowhere.pt", "no weights file nowhere.pt"),
+        ("prune --weights pretrained", "no pretrained weights for resnet20"),
+        ("prune --milestones a,b", "--milestones 'a,b': write whole numbers, as 60,120,160"),
+        ("prune --layer-rates conv1", "--layer-rates 'conv1': write layer=rate"),
+        ("prune --layer-rates convx=0.2", "convx"),
+        ("prune --batch 5000", "--batch 5000 is more than the 1437 images there are to train on"),
+        ("prune --recipe best", "unknown recipe 'best'; known are cifar10-resnet20"),
+        ("prune --recipe cifar10-resnet56", "--recipe cifar10-resnet56 needs --data cifar10:PATH"),
+        ("prune --device tpu", "unknown device 'tpu'"),
+        ("prune --per-layer", "per_layer=True needs an attribute without data"),
+        ("compact nowhere", "cannot read nowhere: No such file"),
+        ("evaluate nowhere.mfp", "nowhere.mfp"),
+        ("report nowhere", "nowhere"),
+    ],
+)
+def test_mistakes_are_one_readable_line(command, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(*arguments.split())
+    assert code == 2
+    assert message in err
+    assert len([line for line in err.splitlines() if not line.startswith("warning:")]) == 1
+    assert "Traceback" not in err + out
+
+
+def test_a_damaged_checkpoint_is_named(finished, command, tmp_path):
+    directory, _ = finished
+    short = tmp_path / "short.safetensors"
+    short.write_bytes(checkpoint_files(directory / "pruned")[-1].read_bytes()[:-9])
+    code, _, err = command("compact", short)
+    assert code == 2
+    assert f"{short} is no checkpoint of mfp, or it is damaged" in err
+    (tmp_path / "compact.mfp").write_bytes((directory / "compact.mfp").read_bytes()[:-9])
+    code, _, err = command("evaluate", tmp_path / "compact.mfp")
+    assert code == 2
+    assert "compact.mfp" in err
+
+
+def test_nothing_pruned_is_an_error(command, tmp_path):
+    code, _, err = command("prune", *TINY, "--epochs", 1, "--rate", 0.05, "--no-dense", "--output", tmp_path / "run")
+    assert code == 2
+    assert "prunes no filter of any of the 2 layers" in err
+
+
+def test_ctrl_c_leaves_a_run_that_can_be_resumed(tmp_path):
+    directory = tmp_path / "run"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    arguments = [sys.executable, "-m", "mfp", "prune", *TINY, "--no-dense", "--output", directory]
+    process = subprocess.Popen([*arguments, "--epochs", "400"], stderr=subprocess.PIPE, text=True, env=environment)
+    for _ in range(600):
+        time.sleep(0.1)
+        if checkpoint_files(directory / "pruned"):
+            break
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    newest = checkpoint_files(directory / "pruned")[-1]
+    last = error.splitlines()[-1]
+    assert last == f"stopped by SIGINT; {newest} is complete; go on with: mfp prune --output {directory} --resume"
+    small = [sys.executable, "-m", "mfp", "compact", directory, "--output", tmp_path / "s.mfp", *TINY[:2]]
+    done = subprocess.run(small, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert mfp.load(tmp_path / "s.mfp") is not None
+
+
+def test_info_works_without_the_extra():
+    code = (
+        "import sys; sys.modules.update(torchvision=None, sklearn=None, matplotlib=None); sys.argv = ['mfp', 'info']\n"
+    )
+    code += "from mfp.cli import main; main()"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert f"mfp {mfp.__version__}" in process.stdout
+    assert "backend reference: runs" in process.stdout
+    process = subprocess.run(
+        [sys.executable, "-c", code.replace("'info'", "'prune'")], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 2
+    assert "pip install 'mfp[train]'" in process.stderr
+    assert len(process.stderr.splitlines()) == 1
+
+
+def test_every_setting_is_an_option(command):
+    code, out, _ = command("prune", "--help")
+    assert code == 0
+    for name in RunConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')} " in out.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_settings_with_published_numbers(name):
+    recipe = RECIPES[name]
+    config = RunConfig(**recipe.settings)
+    assert config.arch in name
+    assert 40 < recipe.published["FLOPs saved"] < 55
+    assert config.learning_rate(0, 10) == pytest.approx(0.01 if name.endswith("finetune") else 0.1)
+    last = config.learning_rate(10 * config.epochs - 1, 10)
+    assert last == pytest.approx(config.lr * config.gamma ** len(config.milestones))
+
+
+def test_the_papers_rates_by_recipe():
+    assert {
+        RECIPES[f"imagenet-{arch}"].settings["rate"] for arch in ("resnet18", "resnet34", "resnet50", "resnet101")
+    } == {0.3}
+    assert RECIPES["imagenet-resnet50-finetune"].settings["rate"] == 0.4
+    assert RECIPES["cifar10-resnet56"].published == {"FLOPs saved": 52.6, "dense top-1": 93.59, "top-1": 92.93}

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from train_helpers import one_thread, tiny_config, tiny_data, tiny_trainer  # noqa: F401
+
+from mfp.errors import MfpError
+from mfp.train import engine
+from mfp.train.checkpoints import checkpoint_files, digest_of, save_checkpoint
+from mfp.train.config import RunConfig
+from mfp.train.distributed import World, join, leave
+from mfp.train.evaluation import evaluate
+from mfp.train.progress import Reporter
+from mfp.train.run import run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return tiny_data()
+
+
+def run_ranks(directory: Path, size: int, body: Callable[[World], object], seconds: float = 60, timeout: float = 20):
+    """Runs `body` in `size` processes joined by gloo: (exit code or minus the signal, message, result) of each."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            faulthandler.disable()
+            code = 1
+            with (directory / f"message{rank}").open("w") as message:
+                try:
+                    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+                    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                    result = body(join("cpu", timeout))
+                    (directory / f"result{rank}").write_text(json.dumps(result))
+                    leave()
+                    code = 0
+                except BaseException as error:
+                    message.write(f"{type(error).__name__}: {error}")
+            os._exit(code)
+        children.append(child)
+    ends = [_wait(child, time.monotonic() + seconds) for child in children]
+    outcomes = []
+    for rank, end in enumerate(ends):
+        result = directory / f"result{rank}"
+        outcomes.append(
+            (end, (directory / f"message{rank}").read_text(), json.loads(result.read_text()) if end == 0 else None)
+        )
+    return outcomes
+
+
+def _wait(child: int, until: float) -> int | None:
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None  # it hung
+
+
+def outcome(trainer) -> dict:
+    return {
+        "digest": digest_of({key: trainer.state()[key] for key in ("model", "optimizer", "pruner", "totals")}),
+        "parameters": digest_of([parameter.detach() for parameter in trainer.model.parameters()]),
+        "masks": [decision.digest for decision in trainer.pruner.decisions],
+        "weight": trainer.model.conv2.weight.flatten().tolist(),
+        "top1": trainer.history[-1]["top1"],
+    }
+
+
+def train(directory: Path, data, world: World, **settings) -> dict:
+    trainer = tiny_trainer(directory, tiny_config(**settings), data, world=world)
+    trainer.resume()
+    trainer.fit()
+    return outcome(trainer)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_train_as_one_process_on_the_same_global_batches(tmp_path, data, size):
+    settings = {"attribute": "weight_energy", "epochs": 3}
+    ranks = [
+        result for _, _, result in run_ranks(tmp_path / "m", size, lambda w: train(tmp_path / "a", data, w, **settings))
+    ]
+    one = train(tmp_path / "b", data, World(), accumulate=size, **settings)
+    assert all(result["digest"] == ranks[0]["digest"] for result in ranks)
+    assert ranks[0]["masks"] == one["masks"]
+    assert len(set(one["masks"])) > 1
+    if size == 2:  # halves are exact, thirds are rounded
+        assert ranks[0]["parameters"] == one["parameters"]
+    torch.testing.assert_close(torch.tensor(ranks[0]["weight"]), torch.tensor(one["weight"]), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_evaluation_is_that_of_one_process(tmp_path, data, size):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
+    alone = evaluate(model, data.test, 7)
+    for code, message, result in run_ranks(tmp_path, size, lambda world: evaluate(model, data.test, 7, world=world)):
+        assert code == 0, message
+        assert result["images"] == alone["images"] == 20
+        assert result["top1"] == alone["top1"]
+        assert result["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+def test_cut_at_every_step_and_resumed_on_two_ranks(tmp_path, data):
+    settings = {"checkpoint_every": 1, "attribute": "loss"}
+    copies = tmp_path / "copies"
+
+    def save_and_copy(directory, step, state):
+        path = save_checkpoint(directory, step, state)
+        (copies / path.stem).mkdir(parents=True)
+        shutil.copy(path, copies / path.stem)
+        return path
+
+    def all_runs(world: World) -> list[str]:
+        engine.save_checkpoint = save_and_copy  # in this child only
+        whole = train(tmp_path / "whole", data, world, **settings)
+        engine.save_checkpoint = save_checkpoint
+        world.barrier()
+        cuts = sorted(copies.iterdir())
+        return [whole["digest"], *(train(cut, data, world, **settings)["digest"] for cut in cuts)]
+
+    for code, message, digests in run_ranks(tmp_path / "m", 2, all_runs):
+        assert code == 0, message
+        assert len(digests) == 9
+        assert len(set(digests)) == 1
+
+
+def test_ranks_that_drift_apart_are_stopped(tmp_path, data):
+    """One unit in the last place on one rank: its scores, and with them its choice, could be others."""
+
+    def drifts(world: World) -> None:
+        trainer = tiny_trainer(tmp_path / "run", tiny_config(), data, world=world)
+        if world.rank == 1:
+            with torch.no_grad():
+                weight = trainer.model.conv2.weight.view(-1)
+                weight[0] = torch.nextafter(weight[0], weight.new_tensor(9.0))
+        trainer.fit()
+
+    for code, message, _ in run_ranks(tmp_path / "m", 2, drifts):
+        assert code == 1
+        assert message.startswith("RanksDiffer: the weights after epoch 1: differs from rank 0 on rank 1.")
+    assert not checkpoint_files(tmp_path / "run")
+
+
+def test_a_decision_that_differs_is_named(tmp_path, data):
+    def differs(world: World) -> None:
+        trainer = tiny_trainer(tmp_path / "run", tiny_config(attribute="weight_energy"), data, world=world)
+        trainer._require_equal_weights = lambda: None
+        if world.rank == 2:  # as if its scores had been rounded differently
+            trainer.pruner.criteria = trainer.pruner.criteria[4:]
+        trainer.fit()
+
+    for code, message, _ in run_ranks(tmp_path / "m", 3, differs):
+        assert code == 1
+        assert "RanksDiffer: the pruning decision of epoch 1: differs from rank 0 on rank 2." in message
+
+
+def inject(trainer, phase: str, at: int, fault: Callable[[], None]) -> None:
+    """Makes a phase of the loop fail when it is reached at step `at` or later."""
+
+    def guarded(owner, name):
+        real = getattr(owner, name)
+
+        def method(*args, **kwargs):
+            if trainer.step >= at:
+                fault()
+            return real(*args, **kwargs)
+
+        setattr(owner, name, method)
+
+    if phase == "forward":
+        guarded(trainer, "_autocast")
+    elif phase == "all-reduce":  # inside backward, after the first gradients are there
+        trainer.model.conv2.weight.register_hook(lambda gradient: fault() if trainer.step >= at else None)
+    elif phase == "pruning":
+        guarded(trainer.pruner, "_attribute_of")
+    else:
+        guarded(trainer, "_save")
+
+
+def stop_here(kind: str) -> None:
+    if kind == "exception":
+        raise RuntimeError("broken on purpose")
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "stop": signal.SIGSTOP}[kind])
+
+
+FAULTS = [
+    ("forward", "kill", 1), ("forward", "segv", 0), ("forward", "stop", 1), ("all-reduce", "kill", 0),
+    ("all-reduce", "exception", 1), ("pruning", "kill", 1), ("pruning", "stop", 0), ("pruning", "exception", 0),
+    ("checkpoint", "kill", 0), ("checkpoint", "stop", 0), ("checkpoint", "exception", 0),
+]  # fmt: skip
+
+
+def test_a_rank_that_dies_or_hangs_stops_all_and_the_run_goes_on(tmp_path, data):
+    settings = {"checkpoint_every": 1, "epochs": 2, "batch": 24}
+
+    def undisturbed(world: World) -> dict:
+        return train(tmp_path / "whole", data, world, **settings)
+
+    expected = run_ranks(tmp_path / "m", 2, undisturbed)[0][2]["digest"]
+    for phase, kind, rank in FAULTS:
+        directory = tmp_path / f"{phase}-{kind}"
+
+        def disturbed(world: World, phase=phase, kind=kind, rank=rank, directory=directory) -> None:
+            trainer = tiny_trainer(directory, tiny_config(**settings), data, world=world)
+            if world.rank == rank:
+                inject(trainer, phase, 1, lambda: stop_here(kind))
+            trainer.fit()
+
+        outcomes = run_ranks(tmp_path / f"m-{phase}-{kind}", 2, disturbed, seconds=12, timeout=2)
+        code, message, _ = outcomes[1 - rank]
+        assert code == 1, (phase, kind, outcomes)  # the other one noticed, within the time
+        assert message, (phase, kind)
+        assert outcomes[rank][0] != 0, (phase, kind)
+        ends = run_ranks(
+            tmp_path / f"r-{phase}-{kind}", 2, lambda world, d=directory: train(d, data, world, **settings)
+        )
+        assert [result["digest"] for _, _, result in ends] == [expected] * 2, (phase, kind)
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = status.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == process.pid:
+                found.append(int(status.parent.name))
+    return found
+
+
+def test_torchrun_restarts_and_the_end_is_the_same(tmp_path):
+    """`mfp prune` in two processes, one of them killed: torchrun starts both again and they resume by themselves."""
+    config = RunConfig(
+        arch="train_helpers:TinyNet", epochs=2, batch=100, calibration_batches=1, checkpoint_every=1, dense=False
+    )
+    (code, message, undisturbed), _ = run_ranks(
+        tmp_path / "m", 2, lambda _: run(config, tmp_path / "whole", reporter=Reporter(quiet=True))
+    )
+    assert code == 0, message
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "3",
+    ]
+    command += [
+        "-m",
+        "mfp",
+        "prune",
+        "--model",
+        config.arch,
+        "--epochs",
+        "2",
+        "--batch",
+        "100",
+        "--no-dense",
+        "--resume",
+    ]
+    command += [
+        "--calibration-batches",
+        "1",
+        "--checkpoint-every",
+        "1",
+        "--timeout",
+        "20",
+        "--output",
+        tmp_path / "killed",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    while not checkpoint_files(tmp_path / "killed" / "pruned"):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(max(workers_of(process)), signal.SIGKILL)
+    error = process.communicate(timeout=200)[1]
+    assert process.returncode == 0, error[:3000]
+    assert "resuming" in error
+    assert json.loads((tmp_path / "killed" / "result.json").read_text())["digest"] == undisturbed["digest"]
+
+
+def test_devices_that_are_not_there():
+    with pytest.raises(MfpError, match="unknown device 'gpu9'"):
+        join("gpu9")
+    with pytest.raises(MfpError, match="device 'mps' is not supported"):
+        join("mps")
+    if not torch.cuda.is_available():
+        with pytest.raises(MfpError, match="no device cuda:0: torch sees 0 GPUs"):
+            join("cuda")
