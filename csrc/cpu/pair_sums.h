@@ -70,26 +70,60 @@ inline const float* read(const Layer& layer, int64_t filter, int64_t begin, int6
 
 // ---- norms --------------------------------------------------------------------------------------------------------
 
+// Doubles in a full vector, and as many floats.
+constexpr int kWide = kLanes / 2;
+typedef double Wide __attribute__((vector_size(8 * kWide)));
+typedef int64_t WideBits __attribute__((vector_size(8 * kWide)));
+typedef float Narrow __attribute__((vector_size(4 * kWide), aligned(4), may_alias));
+
 Norms norms(const Layer& layer, int64_t filter) {
+  constexpr int kChains = 4;  // independent sums, so that the memory is waited for and not the additions
   alignas(64) float buffer[kBlock];
-  double l1 = 0, squares = 0;
-  float largest = 0;
+  Wide magnitudes[kChains] = {}, squares[kChains] = {};
+  Norms result = {};
   for (int64_t begin = 0; begin < layer.filter_size; begin += kBlock) {
     const int64_t count = std::min(kBlock, layer.filter_size - begin);
     const float* w = read(layer, filter, begin, count, buffer);
-#pragma omp simd reduction(+ : l1, squares) reduction(max : largest)
-    for (int64_t k = 0; k < count; ++k) {
-      const float magnitude = std::fabs(w[k]);
-      const double wide = magnitude;
-      l1 += wide;
-      squares += wide * wide;
-      largest = magnitude > largest ? magnitude : largest;
+    int64_t k = 0;
+    for (; k + kChains * kWide <= count; k += kChains * kWide) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kChains; ++i) {
+        const Wide v = __builtin_convertvector(*reinterpret_cast<const Narrow*>(w + k + i * kWide), Wide);
+        magnitudes[i] += (Wide)((WideBits)v & INT64_MAX);
+        squares[i] += v * v;
+      }
+    }
+    for (; k < count; ++k) {
+      const double v = w[k];
+      result.l1 += std::fabs(v);
+      result.squares += v * v;
     }
   }
-  return {l1, squares, largest};
+  for (int i = 1; i < kChains; ++i) magnitudes[0] += magnitudes[i], squares[0] += squares[i];
+  for (int lane = 0; lane < kWide; ++lane) {
+    result.l1 += magnitudes[0][lane];
+    result.squares += squares[0][lane];
+  }
+  return result;
 }
 
-double general_norm(const Layer& layer, int64_t filter, float largest, double exponent) {
+float largest_weight(const Layer& layer, int64_t filter) {
+  alignas(64) float buffer[kBlock];
+  Vec most{};
+  float rest = 0;
+  for (int64_t begin = 0; begin < layer.filter_size; begin += kBlock) {
+    const int64_t count = std::min(kBlock, layer.filter_size - begin);
+    const float* w = read(layer, filter, begin, count, buffer);
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) most = maximum(most, absolute(load(w + k)));
+    for (; k < count; ++k) rest = std::max(rest, std::fabs(w[k]));
+  }
+  for (int i = 0; i < kLanes; ++i) rest = std::max(rest, most[i]);
+  return rest;
+}
+
+double general_norm(const Layer& layer, int64_t filter, double exponent) {
+  const float largest = largest_weight(layer, filter);
   if (largest == 0) return 0;
   alignas(64) float buffer[kBlock];
   double sum = 0;
@@ -139,10 +173,15 @@ inline void transpose(Vec (&v)[kLanes]) {
   }
 }
 
+// Columns of the tile in whole panels; nothing looks at those beyond.
+inline int64_t columns_in_use(const TileWork& work) {
+  return (work.column_end - work.column_begin + kPanel - 1) / kPanel * kPanel;
+}
+
 // The tile's columns, `count` weights of each, transposed so that lanes are filters; missing columns are zero.
 void pack_columns(const TileWork& work, int64_t begin, int64_t count, Scratch& s) {
   alignas(64) static const float zeros[kBlock] = {};
-  for (int64_t group = 0; group < kTileColumns; group += kLanes) {
+  for (int64_t group = 0; group < columns_in_use(work); group += kLanes) {
     const float* sources[kLanes];
     for (int i = 0; i < kLanes; ++i) {
       const int64_t filter = work.column_begin + group + i;
@@ -305,7 +344,7 @@ constexpr int kMaxRelations = 4;
 
 // Values of one row's pairs for each requested relation, in the order l1, l2, cosine, hybrid; lanes that are no pair
 // hold 0. Returns how many relations there are.
-inline int finish_row(const TileWork& work, const ColumnNorms& norms, const Scratch& s, int64_t row,
+inline int finish_row(const TileWork& work, const ColumnNorms& norms, const Scratch& s, int64_t row, int vectors,
                       Vec (&values)[kMaxRelations][kVectors]) {
   const float* first = s.first + (row - work.row_begin) * kTileColumns;
   const float* second = s.second + (row - work.row_begin) * kTileColumns;
@@ -318,7 +357,7 @@ inline int finish_row(const TileWork& work, const ColumnNorms& norms, const Scra
 
   IntVec odd[kVectors], any_odd{};
   int relation = 0;
-  for (int v = 0; v < kVectors; ++v) {
+  for (int v = 0; v < vectors; ++v) {
     const IntVec pair = lane + v * kLanes < limit;
     relation = 0;
     odd[v] = IntVec{};
@@ -377,13 +416,14 @@ void finish(const TileWork& work, const Scratch& s) {
   Vec values[kMaxRelations][kVectors];
   const int hybrid = work.hybrid ? work.l1 + work.l2 + work.cosine : -1;
   int relations = 0;
+  const int vectors = static_cast<int>(columns_in_use(work) / kLanes);
   for (int64_t row = std::max(work.row_begin, work.column_begin + 1); row < work.row_end; ++row) {
-    relations = finish_row(work, norms, s, row, values);
+    relations = finish_row(work, norms, s, row, vectors, values);
     for (int relation = 0; relation < relations; ++relation) {
       const bool weighted = relation == hybrid;
       const float row_weight = weighted ? static_cast<float>(work.norms[row]) : 1.0f;
       Vec sum{};
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < vectors; ++v) {
         const Vec value = values[relation][v];
         sum += weighted ? value * load(norms.high + v * kLanes) : value;
         columns[relation][v] += row_weight * value;

@@ -160,9 +160,8 @@ void compute_scores(const std::vector<Layer>& layers, const std::vector<Criterio
           for (size_t l = 0; l < layers.size(); ++l) layer_of.insert(layer_of.end(), layers[l].num_filters, l);
           spread(total, num_threads, [&](int64_t j) {
             const size_t l = layer_of[j];
-            out[j] = std::isfinite(norms[j].l1)
-                         ? kernels.general_norm(layers[l], j - offsets.begin[l], norms[j].largest, p)
-                         : norms[j].l1;
+            out[j] =
+                std::isfinite(norms[j].l1) ? kernels.general_norm(layers[l], j - offsets.begin[l], p) : norms[j].l1;
           });
         } else {
           for (int64_t j = 0; j < total; ++j) out[j] = p == 1 ? norms[j].l1 : l2_norms[j];

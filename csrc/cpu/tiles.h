@@ -9,7 +9,7 @@ namespace mfp::cpu {
 
 // A tile is a block of filter pairs (row, column) with row > column: `kTileColumns` filters packed into vector lanes
 // against up to `kTileRows` filters streamed past them, `kBlock` weights at a time.
-constexpr int64_t kTileColumns = 64;
+constexpr int64_t kTileColumns = 128;
 constexpr int64_t kTileRows = 192;
 constexpr int64_t kBlock = 256;
 
@@ -17,7 +17,6 @@ constexpr int64_t kBlock = 256;
 struct Norms {
   double l1;
   double squares;
-  float largest;  // max |w|
 };
 
 // What is asked of a tile. Sums over pairs go to `sums`: for each requested relation one block of
@@ -34,7 +33,7 @@ constexpr int64_t kSumsPerRelation = kTileRows + kTileColumns;
 
 struct Kernels {
   Norms (*norms)(const Layer& layer, int64_t filter);
-  double (*general_norm)(const Layer& layer, int64_t filter, float largest, double exponent);
+  double (*general_norm)(const Layer& layer, int64_t filter, double exponent);
   void (*tile)(const TileWork& work);
 };
 
