@@ -152,8 +152,8 @@ def test_runs_are_kept_apart(finished, command):
         ("prune --layer-rates conv1", "--layer-rates 'conv1': write layer=rate"),
         ("prune --layer-rates convx=0.2", "convx"),
         ("prune --batch 5000", "--batch 5000 is more than the 1437 images there are to train on"),
-        ("prune --recipe best", "unknown recipe 'best'; known are cifar10-resnet20"),
-        ("prune --recipe cifar10-resnet56", "--recipe cifar10-resnet56 needs --data cifar10:PATH"),
+        ("prune --recipe best", "unknown recipe 'best'; known are resnet20-cifar10"),
+        ("prune --recipe resnet56-cifar10", "--recipe resnet56-cifar10 needs --data cifar10:PATH"),
         ("prune --device tpu", "unknown device 'tpu'"),
         ("prune --per-layer", "per_layer=True needs an attribute without data"),
         ("compact nowhere", "cannot read nowhere: No such file"),
@@ -248,7 +248,7 @@ def test_recipes_are_settings_with_published_numbers(name):
 
 def test_the_papers_rates_by_recipe():
     assert {
-        RECIPES[f"imagenet-{arch}"].settings["rate"] for arch in ("resnet18", "resnet34", "resnet50", "resnet101")
+        RECIPES[f"{arch}-imagenet"].settings["rate"] for arch in ("resnet18", "resnet34", "resnet50", "resnet101")
     } == {0.3}
-    assert RECIPES["imagenet-resnet50-finetune"].settings["rate"] == 0.4
-    assert RECIPES["cifar10-resnet56"].published == {"FLOPs saved": 52.6, "dense top-1": 93.59, "top-1": 92.93}
+    assert RECIPES["resnet50-imagenet-finetune"].settings["rate"] == 0.4
+    assert RECIPES["resnet56-cifar10"].published == {"FLOPs saved": 52.6, "dense top-1": 93.59, "top-1": 92.93}

@@ -51,6 +51,7 @@ class RunConfig:
     per_layer: bool = _option(False, "choose the criterion per layer (attributes without data)")
     mask_bn: bool = _option(True, "zero the BatchNorm of a pruned filter with it (the papers do not)")
     recalibrate: bool = _option(False, "re-estimate BatchNorm statistics after each pruning")
+    coupled: bool = _option(False, "layers that meet in an addition lose the same filters: no index joins")
     channel_multiple: int = _option(1, "round the filters kept per layer up to a multiple of this")
     skip: tuple[str, ...] = _option(("downsample",), "parts of layer names that are not pruned, by commas")
     layer_rates: dict[str, float] = _option({}, "rates of single layers, as conv1=0,fc=0.2")

@@ -45,15 +45,15 @@ def _recipes() -> dict[str, Recipe]:
         scratch = {"arch": arch, "lr": 0.1, **CIFAR10}
         for suffix, settings in (("", scratch), ("-finetune", {**scratch, "lr": 0.01})):
             published = {"FLOPs saved": saved, **accuracy.get(arch + suffix, {})}
-            recipes[f"cifar10-{arch}{suffix}"] = Recipe(settings, "cifar10:PATH", published)
+            recipes[f"{arch}-cifar10{suffix}"] = Recipe(settings, "cifar10:PATH", published)
     flops_saved = {"resnet18": 41.8, "resnet34": 41.1, "resnet50": 42.2, "resnet101": 42.2}
     for arch, saved in flops_saved.items():
         scratch = {"arch": arch, "lr": 0.1, **ILSVRC2012}
-        recipes[f"imagenet-{arch}"] = Recipe(scratch, "imagenet:PATH", {"FLOPs saved": saved, **accuracy.get(arch, {})})
+        recipes[f"{arch}-imagenet"] = Recipe(scratch, "imagenet:PATH", {"FLOPs saved": saved, **accuracy.get(arch, {})})
         finetune = {**scratch, "lr": 0.01, "weights": "pretrained"}
         if arch == "resnet50":  # the published fine-tuned one is at this rate
             finetune["rate"], saved = 0.4, 53.5
-        recipes[f"imagenet-{arch}-finetune"] = Recipe(
+        recipes[f"{arch}-imagenet-finetune"] = Recipe(
             finetune, "imagenet:PATH", {"FLOPs saved": saved, **accuracy.get(f"{arch}-finetune", {})}
         )
     return recipes
@@ -65,7 +65,7 @@ RECIPES = _recipes()
 def recipe(name: str) -> Recipe:
     """Looks a recipe up.
 
-    >>> recipe("imagenet-resnet50-finetune").published["top-1"]
+    >>> recipe("resnet50-imagenet-finetune").published["top-1"]
     74.83
 
     Raises:
