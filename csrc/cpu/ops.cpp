@@ -4,10 +4,12 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "cpu/score.h"
+#include "cpu/spread.h"
+#include "cpu/zero_rows.h"
 
 namespace mfp::cpu {
 namespace {
@@ -41,21 +43,18 @@ at::Tensor score_filters(at::TensorList weights, at::IntArrayRef kinds, at::Arra
   return scores;
 }
 
-// Rows of `tensor` that belong to filters not kept become zero; kept rows are not touched.
-void zero_rows(const at::Tensor& tensor, const bool* keep, int64_t rows) {
-  if (rows == 0) return;
-  const int64_t bytes = tensor.numel() / rows * tensor.element_size();
-  char* data = static_cast<char*>(tensor.mutable_data_ptr());
-  for (int64_t row = 0; row < rows; ++row) {
-    if (!keep[row]) std::memset(data + row * bytes, 0, bytes);
-  }
+// Autograd notices by the version that the tensor was changed in place.
+MaskedRows masked_rows(const at::Tensor& tensor, const bool* keep, int64_t rows) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  const int64_t bytes = rows ? tensor.numel() / rows * tensor.element_size() : 0;
+  return {static_cast<char*>(tensor.mutable_data_ptr()), keep, rows, bytes};
 }
 
 void mask_filters_(at::TensorList tensors, const at::Tensor& keep, at::IntArrayRef offsets, at::IntArrayRef rows) {
   const bool* mask = keep.const_data_ptr<bool>();
-  at::parallel_for(0, tensors.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) zero_rows(tensors[i], mask + offsets[i], rows[i]);
-  });
+  std::vector<MaskedRows> masked;
+  for (size_t i = 0; i < tensors.size(); ++i) masked.push_back(masked_rows(tensors[i], mask + offsets[i], rows[i]));
+  zero_rows(masked, at::get_num_threads());
 }
 
 std::tuple<at::Tensor, at::Tensor> prune_filters_(at::TensorList weights, at::TensorList followers,
@@ -72,17 +71,18 @@ std::tuple<at::Tensor, at::Tensor> prune_filters_(at::TensorList weights, at::Te
   std::vector<int64_t> offsets(1, 0);
   for (const at::Tensor& weight : weights) offsets.push_back(offsets.back() + weight.size(0));
   const float* selecting = values + chosen * keep.numel();
-  at::parallel_for(0, weights.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t l = begin; l < end; ++l) {
-      const int64_t filters = offsets[l + 1] - offsets[l];
-      select_lowest(selecting + offsets[l], filters, num_pruned[l], mask + offsets[l]);
-      zero_rows(weights[l], mask + offsets[l], filters);
-    }
+  spread(weights.size(), at::get_num_threads(), [&](int64_t l) {
+    select_lowest(selecting + offsets[l], offsets[l + 1] - offsets[l], num_pruned[l], mask + offsets[l]);
   });
+  std::vector<MaskedRows> masked;
+  for (size_t l = 0; l < weights.size(); ++l) {
+    masked.push_back(masked_rows(weights[l], mask + offsets[l], weights[l].size(0)));
+  }
   for (size_t i = 0; i < followers.size(); ++i) {
     const int64_t l = follower_layers[i];
-    zero_rows(followers[i], mask + offsets[l], offsets[l + 1] - offsets[l]);
+    masked.push_back(masked_rows(followers[i], mask + offsets[l], offsets[l + 1] - offsets[l]));
   }
+  zero_rows(masked, at::get_num_threads());
   return {scores, keep};
 }
 
