@@ -18,10 +18,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TILE, STAGE, THREADS = 64, 32, 128
+RATE = 0.4
 # One H100 SXM: multiprocessors, float32 lanes each, clock under load in GHz, registers and shared memory of one.
 PROCESSORS, LANES, CLOCK, REGISTERS, SHARED = 132, 128, 1.755, 65536, 227 * 1024
 STAGE_INSTRUCTIONS = 300  # of a thread, a stage: 8 asynchronous copies, a barrier, half of the time the block sums
-BANDWIDTH = 3.0e12  # bytes/s that a copy reaches
+BANDWIDTH, L2_BANDWIDTH = 3.0e12, 5.5e12  # bytes/s: of a copy, and from L2 to the multiprocessors
+# TF32 products a clock: mma.sync reaches about 0.62 of the 494 TFLOP/s that Hopper's own instructions reach.
+TENSOR_RATE = 0.62 * 494e12 / 2
+EFFICIENCY = 0.9  # of the tightest limit that a kernel of this kind is expected to reach
 RESNET50 = [
     (64, 147), (64, 64), (256, 64), (64, 256), (64, 256), (128, 256), (512, 256), (256, 512), (1024, 512), (512, 1024),
     (2048, 1024), *[(64, 576)] * 3, *[(256, 64)] * 3, *[(128, 512)] * 3, *[(128, 1152)] * 4, *[(512, 128)] * 4,
@@ -89,7 +93,7 @@ def inner_loops(built: Path) -> dict[str, list[Counter]]:
             for begin, end in innermost
         ]
         name = readable(function.split("\n")[0])
-        found[name] = [c for c in counts if c["FADD"] + c["FFMA"] >= 128 and not c["MUFU"]]
+        found[name] = [c for c in counts if c["HMMA"] or (c["FADD"] + c["FFMA"] >= 128 and not c["MUFU"])]
     return found
 
 
@@ -120,30 +124,35 @@ def main() -> None:
                 print(f"| `{kernel}` | {registers} | {spills} | {min(blocks, 2048 // threads)} |")
             if name == "score.cu":
                 loops = inner_loops(built)
-    print("\n| inner loop | pair elements | FADD | FFMA | LDS | other | instructions a pair element |")
-    print("|---|---|---|---|---|---|---|")
-    print_times = []
+    print("\n| inner loop | pair elements | FADD | FFMA | HMMA | LDS | other | instructions a pair element |")
+    print("|---|---|---|---|---|---|---|---|")
+    rate = PROCESSORS * LANES * CLOCK * 1e9
+    from_l2 = computed / TILE**2 * 2 * TILE * 4 / L2_BANDWIDTH
+    rows = []
     for kernel, what, arithmetic in (
-        ("score_kernel<1,1>", "l1 + l2 (five criteria)", 3),
-        ("score_kernel<1,0>", "l1", 2),
-        ("score_kernel<0,1>", "l2", 2),
-    ):  # fmt: skip
-        loop = max(loops[kernel], key=lambda c: c["FADD"] + c["FFMA"])
-        pairs = (loop["FADD"] + loop["FFMA"]) / arithmetic
-        other = loop.total() - loop["FADD"] - loop["FFMA"] - loop["LDS"]
+        ("score_kernel<1,1>", "five criteria", 3),
+        ("score_kernel<1,0>", "l1 alone", 2),
+        ("score_kernel<0,1>", "l2 alone", 0),
+    ):
+        loop = max(loops[kernel], key=lambda c: (c["HMMA"], c["FADD"] + c["FFMA"]))
+        # three TF32 products of 16 x 8 x 8 cover 32 pair elements of each thread
+        pairs = loop["HMMA"] / 3 * 32 or (loop["FADD"] + loop["FFMA"]) / arithmetic
+        counted = [loop[name] for name in ("FADD", "FFMA", "HMMA", "LDS")]
         each = loop.total() / pairs
-        print(f"| {what} | {pairs:.0f} | {loop['FADD']} | {loop['FFMA']} | {loop['LDS']} | {other} | {each:.3f} |")
-        rate = PROCESSORS * LANES * CLOCK * 1e9
-        stage_overhead = 1 + STAGE_INSTRUCTIONS / (TILE * TILE / THREADS * STAGE * each)
-        issue = computed * each * stage_overhead / rate
-        norms = weights / BANDWIDTH if what != "l1" and what != "l2" else 0.0
-        print_times.append((what, needed * arithmetic / rate, issue, norms))
-    print("\n| job | floor, ms | issue, ms | norms, ms | end, ms | predicted, ms |\n|---|---|---|---|---|---|")
-    for what, floor, issue, norms in print_times:
-        end = 0.4 * weights / BANDWIDTH + 30e-6
-        predicted = issue / 0.95 + norms + end
-        numbers = " | ".join(f"{1e3 * seconds:.2f}" for seconds in (floor, issue, norms, end, predicted))
-        print(f"| {what} | {numbers} |")
+        numbers = " | ".join(map(str, (*counted, loop.total() - sum(counted))))
+        print(f"| {what} | {pairs:.0f} | {numbers} | {each:.3f} |")
+        instructions = each + STAGE_INSTRUCTIONS / (TILE * TILE / THREADS * STAGE)
+        issue, tensor = computed * instructions / rate, 3 * computed / TENSOR_RATE if loop["HMMA"] else 0.0
+        floor = needed * arithmetic / rate if arithmetic else 3 * needed / TENSOR_RATE
+        norms = 0.0 if what == "l1 alone" else weights / BANDWIDTH
+        end = 30e-6 + (RATE * weights / BANDWIDTH if what == "five criteria" else 0.0)  # last tile; rows to zero
+        predicted = max(issue, tensor, from_l2) / EFFICIENCY + norms + end
+        rows.append((what, floor, issue, tensor, from_l2, norms, end, predicted))
+    print(
+        "\n| job (ms) | floor | issue | tensor cores | L2 | norms | end | predicted |\n|---|---|---|---|---|---|---|---|"
+    )
+    for what, *seconds in rows:
+        print(f"| {what} | {' | '.join(f'{1e3 * value:.2f}' for value in seconds)} |")
     print(f"\nPair elements: {needed / 1e9:.2f} G needed, {computed / 1e9:.2f} G computed.")
 
 

@@ -10,6 +10,7 @@
 #include <math.h>
 #include <ucontext.h>
 
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -60,7 +61,8 @@ struct Block {
   std::vector<unsigned char> shared;
   Barrier all;
   std::vector<Barrier> warps;
-  std::vector<uint64_t> exchange;  // one word a thread, for shuffles and votes
+  std::vector<uint64_t> exchange;               // one word a thread, for shuffles and votes
+  std::vector<std::array<uint32_t, 6>> matrix;  // a thread's part of two matrices
   int live = 0;
   std::vector<int> live_in_warp;
 };
@@ -137,6 +139,7 @@ void launch(dim3 grid, dim3 threads, size_t shared_bytes, Body call) {
     state.warps.resize((per_block + 31) / 32);
     state.live_in_warp.assign((per_block + 31) / 32, 0);
     state.exchange.assign(per_block, 0);
+    state.matrix.assign(per_block, {});
     state.live = static_cast<int>(per_block);
     for (unsigned t = 0; t < per_block; ++t) {
       ++state.live_in_warp[t / 32];
@@ -214,6 +217,35 @@ T from_lane(T value, unsigned source) {
   if (source < 32) std::memcpy(&result, &words[32 * warp() + source], sizeof result);
   sync_warp();
   return result;
+}
+
+// The tensor cores' product of TF32 matrices, laid out over a warp as PTX says of mma.m16n8k8. Sums are rounded towards
+// zero, as bad as any GPU's.
+inline void multiply_add_tf32(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4],
+                              const uint32_t (&b)[2]) {
+  std::vector<std::array<uint32_t, 6>>& parts = current->block->matrix;
+  parts[threadIdx.x] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  for (uint32_t bits : parts[threadIdx.x]) {
+    if ((bits & 0x1fffu) != 0 && (bits & 0x7f800000u) != 0x7f800000u) fail("a number that TF32 does not have");
+  }
+  sync_warp();
+  const auto number = [&](unsigned lane, unsigned which) {
+    float value;
+    std::memcpy(&value, &parts[32 * warp() + lane][which], 4);
+    return static_cast<double>(value);
+  };
+  float* results[4] = {&c0, &c1, &c2, &c3};
+  for (unsigned r = 0; r < 4; ++r) {
+    const unsigned row = lane() / 4 + 8 * (r / 2), column = 2 * (lane() % 4) + r % 2;
+    double sum = static_cast<double>(*results[r]);
+    for (unsigned k = 0; k < 8; ++k) {
+      sum += number(row % 8 * 4 + k % 4, row / 8 + 2 * (k / 4)) * number(column * 4 + k % 4, 4 + k / 4);
+    }
+    float rounded = static_cast<float>(sum);
+    if (fabs(static_cast<double>(rounded)) > fabs(sum)) rounded = nextafterf(rounded, 0.0f);
+    *results[r] = rounded;
+  }
+  sync_warp();
 }
 
 }  // namespace shim

@@ -1,8 +1,8 @@
 """CUDA kernels compile for sm_80, sm_90 and sm_100 without spilling; the inner loop is what it should be."""
 
 import functools
-import importlib.util
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -55,7 +55,7 @@ def test_no_kernel_spills(name):
 
 
 def test_the_inner_loops_hold_nothing_but_the_arithmetic():
-    """Three instructions a pair element for all criteria, two for one distance; a shared load for ten of them or more."""
+    """Three instructions a pair element for all criteria, two for one distance; a shared load for ten or more."""
     pytest.importorskip("triton")  # its package has cuobjdump
     report("score.cu")
     path = SOURCES.parent / "benchmarks" / "gpu_resources.py"
@@ -70,3 +70,5 @@ def test_the_inner_loops_hold_nothing_but_the_arithmetic():
         assert loop["LDS"] <= work / (10 * arithmetic)
         assert loop.total() <= 1.07 * work, loop
         assert not loop["LDL"] and not loop["STL"]
+    products = max(loops["score_kernel<0,1>"], key=lambda counts: counts["HMMA"])  # 8,192 pair elements of a warp
+    assert products["HMMA"] == 24 and products.total() <= 120, products

@@ -107,6 +107,33 @@ def test_norms_far_apart_and_parallel_filters():
     assert_close(score([copies], ALL), oracle([copies], ALL))
 
 
+L2 = ((DISTANCE, 2),)  # alone it goes through the tensor cores
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 1500)], ids=str)
+def test_euclidean_distances_through_matrix_products(shape, dtype):
+    """Random filters, and positive ones, whose products do not average out."""
+    generator = torch.Generator().manual_seed(8)
+    for weight in (torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)):
+        assert_close(score([weight.to(dtype)], L2), oracle([weight.to(dtype)], L2))
+
+
+def test_matrix_products_that_cancel():
+    """Near-duplicates, duplicates and zeros, in some tiles of a layer and in all."""
+    generator = torch.Generator().manual_seed(9)
+    weight = torch.randn(2 * TILE + 20, 100, generator=generator)
+    weight[3] = weight[70]
+    weight[5] = weight[6] + 1e-4 * torch.randn(100, generator=generator)
+    weight[40:50] = 0
+    weight[60] *= 1e-3
+    assert_close(score([weight], L2), oracle([weight], L2))
+    close = torch.randn(1, 200, generator=generator) + 1e-4 * torch.randn(30, 200, generator=generator)
+    assert_close(score([close], L2), oracle([close], L2))
+    for scale in (1e-30, 1e-22, 1e-12, 1e12, 1e17):
+        assert_close(score([scale * weight], L2), oracle([scale * weight], L2))
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-12, 1e12, 1e17])
 def test_weights_of_any_size(scale):
     weight = awkward(40, 50) * scale
@@ -124,8 +151,8 @@ def test_whole_numbers_are_exact(shape, dtype):
     assert torch.equal(score([whole], manhattan).double(), expected)
     line = torch.zeros(shape)  # multiples of one unit vector: Euclidean distances are integers
     line[:, shape[1] // 2] = torch.randint(-50, 51, shape[:1], generator=generator).float()
-    both = (*manhattan, (NORM, 2), (DISTANCE, 2))
-    assert torch.equal(score([line.to(dtype)], both).double(), oracle([line.to(dtype)], both))
+    for criteria in ((*manhattan, (NORM, 2), (DISTANCE, 2)), L2):
+        assert torch.equal(score([line.to(dtype)], criteria).double(), oracle([line.to(dtype)], criteria))
 
 
 MIXED = [

@@ -1,8 +1,8 @@
 // Sums over pairs of filters: one tile of kTile x kTile pairs a block.
 //
-// A block is 2 x 2 warps, a warp 4 x 8 threads, a thread 8 x 4 pairs: rows 32 wy + ty + 4 i, columns 32 wx + tx + 8 j.
-// Rows of weights pass through shared memory kDepth numbers at a time, two stages deep; the row stride kStride keeps
-// 16-byte reads of 8 neighbouring rows in different banks.
+// A block is 2 x 2 warps, a warp has 32 x 32 pairs and a thread 8 x 4 of them, spread as the tensor cores spread the
+// result of a matrix product (tensor.h). Rows of weights pass through shared memory kDepth numbers at a time, two
+// stages deep; the row stride kStride keeps reads of 8 neighbouring rows in different banks.
 #pragma once
 
 #include "cuda/device.h"
@@ -48,9 +48,12 @@ struct Tile {
   }
   __device__ static int warp_row() { return static_cast<int>(threadIdx.x) / 64; }
   __device__ static int warp_column() { return static_cast<int>(threadIdx.x) / 32 % 2; }
+  // This thread is one of 8 that share its rows and one of 4 that share its columns.
+  __device__ static int among_rows() { return static_cast<int>(threadIdx.x) % 4; }
+  __device__ static int among_columns() { return static_cast<int>(threadIdx.x) % 32 / 4; }
   // This thread's pairs (i, j), within the tile.
-  __device__ static int row(int i) { return 32 * warp_row() + static_cast<int>(threadIdx.x) % 32 / 8 + 4 * i; }
-  __device__ static int column(int j) { return 32 * warp_column() + static_cast<int>(threadIdx.x) % 8 + 8 * j; }
+  __device__ static int row(int i) { return 32 * warp_row() + 2 * among_rows() + i % 2 + 8 * (i / 2); }
+  __device__ static int column(int j) { return 32 * warp_column() + among_columns() + 8 * j; }
 
   __device__ bool diagonal() const { return i == j; }
   // All pairs of this warp lie above the diagonal.
@@ -194,9 +197,10 @@ __device__ inline void store_sums(const Tile& tile, BlockMemory& memory, float* 
   float (*columns)[9] = reinterpret_cast<float (*)[9]>(memory.stages[0] + kTile * 17);  // 8 share a column
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) rows[Tile::row(i)][8 * Tile::warp_column() + Tile::column(0) % 8] = row_sums[i];
+  for (int i = 0; i < kRows; ++i) rows[Tile::row(i)][8 * Tile::warp_column() + Tile::among_columns()] = row_sums[i];
 #pragma unroll
-  for (int j = 0; j < kColumns; ++j) columns[Tile::column(j)][4 * Tile::warp_row() + Tile::row(0) % 4] = column_sums[j];
+  for (int j = 0; j < kColumns; ++j)
+    columns[Tile::column(j)][4 * Tile::warp_row() + Tile::among_rows()] = column_sums[j];
   __syncthreads();
   const int t = static_cast<int>(threadIdx.x) % kTile;
   const auto row_sum = [&] {

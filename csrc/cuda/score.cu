@@ -5,6 +5,7 @@
 #include "cuda/norms.h"
 #include "cuda/powers.h"
 #include "cuda/rows.h"
+#include "cuda/tensor.h"
 
 namespace mfp::cuda {
 namespace {
@@ -14,7 +15,8 @@ __device__ void score_pairs(const ScoreArguments& arguments, const ScoredLayer& 
                             BlockMemory& memory) {
   const Tile tile(layer, item);
   Sums l1, l2;
-  sum_differences<kL1, kL2>(layer, tile, memory, l1, l2);
+  const bool products = !kL1 && kL2 && squares_from_products(arguments, layer, tile, memory, l2);
+  if (!products) sum_differences<kL1, kL2>(layer, tile, memory, l1, l2);
   const auto slots = [&](int32_t channel) { return arguments.partial + channel * arguments.slots + layer.slots; };
   const auto store = [&](int32_t channel, auto pair) {
     if (channel >= 0) store_sums(tile, memory, slots(channel), layer.tiles, pair);

@@ -61,6 +61,7 @@ ScorePlan plan_scores(std::vector<ScoredLayer> layers, std::vector<Request> requ
   const int32_t channels = assign_channels(requests, arguments);
   const bool pairs = arguments.l1 >= 0 || arguments.l2 >= 0 || arguments.cosine >= 0 || arguments.hybrid >= 0;
   const bool norms = arguments.cosine >= 0 || arguments.hybrid >= 0 ||
+                     (arguments.l2 >= 0 && arguments.l1 < 0) ||  // its tiles are matrix products
                      std::any_of(requests.begin(), requests.end(), [](auto& r) { return r.kind == Kind::norm; });
   const auto powers = std::count_if(requests.begin(), requests.end(), is_power);
   plan.powers = powers > 0;
