@@ -65,7 +65,7 @@ MODULES: dict[str, type[nn.Module]] = {
         Flatten Unflatten""".split()
 }  # fmt: skip
 OWN_MODULES = {cls.__name__: cls for cls in (
-    own.AddConstants, own.ConvWithBorder, own.ExpandChannels, own.ResidualJoin, own.SelectChannels,
+    own.AddConstants, own.ConvWithBorder, own.ExpandChannels, own.FusedJoin, own.ResidualJoin, own.SelectChannels,
 )}  # fmt: skip
 DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool,

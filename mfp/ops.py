@@ -27,6 +27,7 @@ bool first_step) -> ()
 masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor? keep, \
 int[] offsets, int[] rows, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, \
 int step) -> ()
+scatter_add_(Tensor(a!) residual, Tensor branch, Tensor index, bool relu) -> ()
 """
 
 _library = torch.library.Library("mfp", "DEF")
@@ -53,6 +54,7 @@ def _(weights, followers, follower_layers, num_pruned, kinds, exponents, chosen)
     return scores, weights[0].new_empty((filters,), dtype=torch.bool)
 
 
+@torch.library.register_fake("mfp::scatter_add_", lib=_library)
 @torch.library.register_fake("mfp::masked_sgd_", lib=_library)
 @torch.library.register_fake("mfp::masked_adamw_", lib=_library)
 def _(*arguments):
@@ -263,3 +265,23 @@ def _optimizer_module(device: torch.device, backend: str | None) -> ModuleType:
     """Where the optimiser steps are: compiled for the CPU, the reference elsewhere, named or not."""
     chosen = backends.choose(device, backend)
     return reference if chosen.name in ("reference", "triton") else torch.ops.mfp
+
+
+def scatter_add_(
+    residual: Tensor, branch: Tensor, index: Tensor, relu: bool = False, *, backend: str | None = None
+) -> None:
+    """``residual[:, index] += branch``, then ReLU if asked, in one pass over memory and without gradients.
+
+    >>> residual, branch = torch.zeros(1, 4, 2, 2), torch.ones(1, 2, 2, 2)
+    >>> scatter_add_(residual, branch, torch.tensor([0, 3]))
+    >>> residual[0, :, 0, 0]
+    tensor([1., 0., 0., 1.])
+
+    Args:
+        residual: ``[B, C, ...]``, contiguous or channels_last; overwritten.
+        branch: ``[B, len(index), ...]``, the same dtype.
+        index: int64, strictly increasing channels of the residual.
+        relu: rectify the result (all channels of it).
+        backend: a backend's name, to force it; the best one otherwise.
+    """
+    _module(residual.device, backend).scatter_add_(residual, branch, index, relu)

@@ -171,3 +171,11 @@ def masked_adamw_(
         value = value - lr * weight_decay * value - lr * mean / (1 - beta1**step) / scale
         for target, new in ((param, value), (exp_avgs[i], mean), (exp_avg_sqs[i], square)):
             target.copy_(torch.where(kept, new.to(target.dtype), target))
+
+
+@torch.no_grad()
+def scatter_add_(residual: Tensor, branch: Tensor, index: Tensor, relu: bool) -> None:
+    """The op ``mfp::scatter_add_``: sums in float32 at least, rounded once."""
+    wide = torch.promote_types(residual.dtype, torch.float32)
+    result = residual.to(wide).index_add(1, index, branch.to(wide))
+    residual.copy_(result.clamp(min=0) if relu else result)

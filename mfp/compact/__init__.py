@@ -15,6 +15,7 @@ from mfp.compact.count import count_parameters, flops
 from mfp.compact.fold import absorb_constants, fold_batchnorm
 from mfp.compact.normalize import ShapeRecorder, normalize
 from mfp.compact.report import CompactReport, LayerChange
+from mfp.compact.serve import prepare_for_serving
 from mfp.compact.shrink import analyse, write
 from mfp.compact.table import rule_for
 from mfp.errors import MfpError
@@ -42,7 +43,7 @@ def compact(
         model: a network some of whose filters are zero (a masked one).
         example_input: a tensor, a tuple of positional arguments or a dict of named ones, on the model's device.
             It fixes shapes, not sizes: the result takes any batch size, and any image size the model takes.
-        fold_bn: fold BatchNorm into the convs before it, for serving.
+        fold_bn: the serving form: BatchNorm folded into the convs before it, channels_last weights, fused joins.
         leaf_modules: names or classes of submodules to leave as one opaque piece each.
     Raises MfpError when the model cannot be traced or run on the example.
     """
@@ -54,7 +55,7 @@ def compact(
         opaque = normalize(traced)
         net = analyse(traced.graph, dict(traced.named_modules()), opaque)
         build = write(net)
-    small = finish(build, type(model).__name__, fold_bn)
+    small = finish(build, type(model).__name__, arguments if fold_bn else None)
     restore_modes(small, modes)
     difference = check(small, arguments, expected, model)
     small.report = make_report(model, small, net, build, example_input, difference)
@@ -70,14 +71,17 @@ def record_shapes(traced: fx.GraphModule, arguments: dict[str, Any]) -> Any:
         raise MfpError(f"the model does not run on the example input {shapes}: {reason}") from error
 
 
-def finish(build: Builder, name: str, fold_bn: bool) -> fx.GraphModule:
+def finish(build: Builder, name: str, serving: dict[str, Any] | None) -> fx.GraphModule:
+    """The module around the written graph; ``serving`` has the example's arguments when BatchNorm is to be folded."""
     must_run = {node.name for node in build.must_run}
     small = fx.GraphModule(build.root, build.graph, f"Compact{name.removeprefix('Compact')}")
     small.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.name in must_run)
     small.graph.lint()
     absorb_constants(small)
-    if fold_bn:
+    if serving is not None:
         fold_batchnorm(small)
+        with eval_mode(small):
+            prepare_for_serving(small, serving)
     small.delete_all_unused_submodules()
     small.recompile()
     return small

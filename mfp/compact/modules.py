@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mfp import ops
+
 
 def per_channel(values: Tensor, dim: int, ndim: int) -> Tensor:
     """[n] shaped so that it broadcasts along ``dim`` of a tensor with ``ndim`` dimensions."""
@@ -48,11 +50,12 @@ class ExpandChannels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shape = list(x.shape)
         shape[self.dim] = self.width
-        if self.fill is None:
-            out = x.new_zeros(shape)
-        else:
-            out = per_channel(self.fill, self.dim, x.dim()).expand(shape)
-        return out.index_copy(self.dim, self.index, x.index_select(self.dim, self.source))
+        out = x.new_zeros(shape).contiguous(memory_format=memory_format_of(x))
+        if self.fill is not None:
+            out = out + per_channel(self.fill, self.dim, x.dim())
+        if len(self.source) < x.shape[self.dim]:
+            x = x.index_select(self.dim, self.source)
+        return out.index_copy(self.dim, self.index, x)
 
 
 class ResidualJoin(nn.Module):
@@ -72,6 +75,44 @@ class ResidualJoin(nn.Module):
     def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
         out = residual.index_add(self.dim, self.index, branch)
         return out if self.bias is None else out + per_channel(self.bias, self.dim, out.dim())
+
+
+class FusedJoin(nn.Module):
+    """ResidualJoin along dimension 1 with its ReLU, one pass over memory where no gradient is asked: for serving.
+
+    Under export, and wherever the op does not apply, the same with torch's own operations.
+    """
+
+    mfp_leaf = True
+
+    def __init__(self, index: Tensor, relu: bool, inplace: bool = False, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.relu, self.inplace = relu, inplace
+        self.register_buffer("index", index)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
+        if self.bias is not None:
+            residual = residual + per_channel(self.bias, 1, residual.dim())
+        if not fits_op(residual):
+            out = residual.index_add(1, self.index, branch)
+            return out.relu() if self.relu else out
+        out = residual if self.inplace or self.bias is not None else residual.clone()
+        ops.scatter_add_(out, branch, self.index, self.relu)
+        return out
+
+
+def fits_op(residual: Tensor) -> bool:
+    """Whether mfp's op may run: no gradient, no export, a layout and a dtype that it takes."""
+    if torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return False
+    return residual.dtype in ops.FLOATS and residual.is_contiguous(memory_format=memory_format_of(residual))
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    if x.is_contiguous() or x.dim() not in (4, 5):
+        return torch.contiguous_format
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
 class AddConstants(nn.Module):

@@ -16,14 +16,7 @@ from torch import fx, nn
 from mfp.compact.channels import Network, argument, input_node
 from mfp.compact.contraction import Contraction
 from mfp.compact.joins import Join
-from mfp.compact.modules import (
-    AddConstants,
-    ConvWithBorder,
-    ExpandChannels,
-    ResidualJoin,
-    SelectChannels,
-    channel_permute,
-)
+from mfp.compact.modules import channel_permute
 from mfp.compact.movement import Cat, ChannelPermute, Pad, Permute, Reshape, Slice, Split, Squeeze
 from mfp.compact.rules import (
     Attribute,
@@ -139,7 +132,6 @@ METHODS: dict[str, Rule] = {
     **dict.fromkeys(["squeeze", "unsqueeze"], SQUEEZE),
 }  # fmt: skip
 
-OWN_MODULES = (AddConstants, ConvWithBorder, ExpandChannels, ResidualJoin, SelectChannels)
 UNKNOWN, SCALAR = Rule(), Scalar()
 BY_KIND = {"placeholder": Placeholder(), "get_attr": Attribute(), "output": Output()}
 

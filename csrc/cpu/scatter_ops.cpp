@@ -1,0 +1,122 @@
+// scatter_add_ on CPU tensors. The schema is in mfp/ops.py.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/scatter.h"
+
+namespace mfp::cpu {
+namespace {
+
+constexpr int64_t kGrain = 1 << 15;  // numbers of the residual per task
+
+struct Work {
+  int64_t channels, branch_channels;
+  int64_t outer, inner;  // channels innermost: rows and 1; otherwise batch and positions
+  std::vector<int32_t> source;
+  std::vector<uint16_t> landing;
+  bool last, relu;
+};
+
+Work describe(const at::Tensor& residual, const at::Tensor& branch, const at::Tensor& index, bool relu) {
+  Work work;
+  work.channels = residual.size(1), work.branch_channels = branch.size(1), work.relu = relu;
+  const int64_t blocks = (work.channels + 15) / 16;
+  work.source.assign(blocks * 16, -1), work.landing.assign(blocks, 0);
+  const int64_t* places = index.const_data_ptr<int64_t>();
+  for (int64_t i = 0, before = -1; i < index.numel(); before = places[i++]) {
+    TORCH_CHECK(places[i] > before && places[i] < work.channels, "scatter_add_: index[", i, "] is ", places[i],
+                " after ", before, "; expected strictly increasing numbers below ", work.channels);
+    work.source[places[i]] = static_cast<int32_t>(i);
+    work.landing[places[i] / 16] |= static_cast<uint16_t>(1u << places[i] % 16);
+  }
+  work.last = !residual.is_contiguous();
+  const int64_t numbers = residual.numel();
+  work.outer = work.last ? numbers / work.channels : residual.size(0);
+  work.inner = work.last ? 1 : numbers / std::max<int64_t>(residual.size(0) * work.channels, 1);
+  if (work.inner == 1 && !work.last) work.last = true;  // [B, C]: rows in either reading
+  return work;
+}
+
+void run_float(const Work& work, float* residual, const float* branch) {
+  const Isa isa = current_isa();
+  if (work.last) {
+    const ScatterRows rows = {
+        residual, branch, work.source.data(), work.landing.data(), work.channels, work.branch_channels, work.relu};
+    const auto run = isa == Isa::avx512 ? avx512::scatter_rows
+                     : isa == Isa::avx2 ? avx2::scatter_rows
+                                        : portable::scatter_rows;
+    at::parallel_for(0, work.outer, std::max<int64_t>(kGrain / work.channels, 1),
+                     [&](int64_t begin, int64_t end) { run(rows, begin, end); });
+    return;
+  }
+  const auto run = isa == Isa::avx512 ? avx512::add_plane : isa == Isa::avx2 ? avx2::add_plane : portable::add_plane;
+  at::parallel_for(
+      0, work.outer * work.channels, std::max<int64_t>(kGrain / work.inner, 1), [&](int64_t begin, int64_t end) {
+        for (int64_t plane = begin; plane < end; ++plane) {
+          const int64_t batch = plane / work.channels, from = work.source[plane % work.channels];
+          const float* added = from < 0 ? nullptr : branch + (batch * work.branch_channels + from) * work.inner;
+          run(residual + plane * work.inner, added, work.inner, work.relu);
+        }
+      });
+}
+
+// 16-bit floats: summed in float32, rounded once.
+template <class T>
+void run_short(const Work& work, T* residual, const T* branch) {
+  at::parallel_for(0, work.outer, std::max<int64_t>(kGrain / (work.channels * work.inner), 1),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t row = begin; row < end; ++row) {
+                       for (int64_t c = 0; c < work.channels; ++c) {
+                         const int64_t from = work.source[c];
+                         T* r = residual + (row * work.channels + c) * work.inner;
+                         const T* b = branch + (row * work.branch_channels + from) * work.inner;
+                         if (from < 0 && !work.relu) continue;
+                         for (int64_t i = 0; i < work.inner; ++i) {
+                           const float sum = static_cast<float>(r[i]) + (from < 0 ? 0.0f : static_cast<float>(b[i]));
+                           r[i] = static_cast<T>(work.relu && sum < 0 ? 0.0f : sum);
+                         }
+                       }
+                     }
+                   });
+}
+
+void scatter_add_(const at::Tensor& residual, const at::Tensor& branch, const at::Tensor& index, bool relu) {
+  TORCH_CHECK(
+      residual.dim() >= 2 && branch.dim() == residual.dim() && index.dim() == 1 && branch.size(1) == index.numel(),
+      "scatter_add_: residual is ", residual.sizes(), ", branch ", branch.sizes(), ", index ", index.sizes(),
+      "; expected index to name one channel of the residual for each channel of the branch");
+  for (int64_t d = 0; d < residual.dim(); ++d) {
+    TORCH_CHECK(d == 1 || residual.size(d) == branch.size(d), "scatter_add_: residual is ", residual.sizes(),
+                ", branch ", branch.sizes(), "; expected sizes that differ in the channels alone");
+  }
+  TORCH_CHECK(branch.scalar_type() == residual.scalar_type() && index.scalar_type() == at::kLong && branch.is_cpu() &&
+                  index.is_cpu(),
+              "scatter_add_: branch is ", branch.scalar_type(), " on ", branch.device(), ", residual ",
+              residual.scalar_type(), " on ", residual.device(), ", index ", index.scalar_type(), " on ",
+              index.device(), "; expected one dtype, int64 index, one device");
+  const auto format = residual.suggest_memory_format();
+  TORCH_CHECK(residual.is_contiguous() || residual.is_contiguous(format), "scatter_add_: residual has strides ",
+              residual.strides(), "; expected contiguous or channels_last");
+  if (residual.numel() == 0) return;
+  const Work work = describe(residual, branch, index.contiguous(), relu);
+  const at::Tensor source = residual.is_contiguous() ? branch.contiguous() : branch.contiguous(format);
+  switch (residual.scalar_type()) {
+    case at::kFloat: run_float(work, residual.mutable_data_ptr<float>(), source.const_data_ptr<float>()); break;
+    case at::kBFloat16:
+      run_short(work, residual.mutable_data_ptr<at::BFloat16>(), source.const_data_ptr<at::BFloat16>());
+      break;
+    case at::kHalf: run_short(work, residual.mutable_data_ptr<at::Half>(), source.const_data_ptr<at::Half>()); break;
+    default: TORCH_CHECK(false, "scatter_add_: expected float32, bfloat16 or float16, got ", residual.scalar_type());
+  }
+  if (!residual.is_inference()) residual.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mfp, CPU, m) { m.impl("scatter_add_", &scatter_add_); }
+
+}  // namespace mfp::cpu

@@ -1,0 +1,116 @@
+"""The serving form: channels_last weights, joins fused with their ReLU, memory reused where that is provably safe."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from mfp.compact.modules import FusedJoin, ResidualJoin
+from mfp.compact.normalize import ShapeRecorder, alias_families
+
+RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.LeakyReLU, nn.ELU)
+
+
+@torch.no_grad()
+def prepare_for_serving(small: fx.GraphModule, arguments: dict[str, Any]) -> None:
+    """Rewrites a compact network with folded BatchNorm in place; its results stay the same."""
+    for module in small.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    ShapeRecorder(small).run(*arguments.values())
+    fuse_joins(small)
+    reuse_memory(small)
+    small.graph.lint()
+
+
+def fuse_joins(small: fx.GraphModule) -> None:
+    """ResidualJoin, and the sum of two equally shaped tensors, with the ReLU behind it, become a FusedJoin."""
+    modules = dict(small.named_modules())
+    for node in list(small.graph.nodes):
+        joined = join_of(node, modules)
+        if joined is None:
+            continue
+        residual, branch, index, bias = joined
+        last, relu = node, only_relu_behind(node, modules)
+        if relu is not None:
+            last = relu
+        name = free_name(small, f"{node.name}_fused")
+        small.add_submodule(name, FusedJoin(index, relu is not None, bias=bias))
+        with small.graph.inserting_before(last):
+            new = small.graph.call_module(name, (residual, branch))
+        new.meta.update(last.meta)
+        last.replace_all_uses_with(new)
+        for old in (last, node) if relu is not None else (node,):
+            small.graph.erase_node(old)
+
+
+def join_of(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, fx.Node, Tensor, Tensor | None] | None:
+    """(residual, branch, index, bias) where the node is a join along dimension 1."""
+    if node.op == "call_module" and isinstance(modules[node.target], ResidualJoin):
+        join = modules[node.target]
+        increasing = bool((join.index[1:] > join.index[:-1]).all())
+        bias = None if join.bias is None else join.bias.detach()
+        return (*node.args, join.index, bias) if join.dim == 1 and increasing else None
+    if node.op != "call_function" or node.target not in (operator.add, torch.add) or len(node.args) != 2 or node.kwargs:
+        return None
+    a, b = node.args
+    shapes = [part.meta.get("shape") if isinstance(part, fx.Node) else None for part in (a, b)]
+    if a is b or shapes[0] is None or shapes[0] != shapes[1] or len(shapes[0]) < 3:
+        return None
+    return a, b, torch.arange(shapes[0][1], device=first_device(modules)), None
+
+
+def first_device(modules: dict[str, nn.Module]) -> torch.device:
+    return next((p.device for p in modules[""].parameters()), torch.device("cpu"))
+
+
+def only_relu_behind(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """The ReLU that is the only reader of the node."""
+    if len(node.users) != 1:
+        return None
+    user = next(iter(node.users))
+    module = type(modules[user.target]) is nn.ReLU if user.op == "call_module" else False
+    function = user.op == "call_function" and user.target in (F.relu, torch.relu)
+    method = user.op == "call_method" and user.target == "relu"
+    return user if module or function or method else None
+
+
+def free_name(small: fx.GraphModule, name: str) -> str:
+    while hasattr(small, name):
+        name += "_"
+    return name
+
+
+def reuse_memory(small: fx.GraphModule) -> None:
+    """Joins and activations overwrite their input where nothing reads it, or any view of it, afterwards."""
+    modules = dict(small.named_modules())
+    for node in list(small.graph.nodes):
+        module = modules.get(node.target) if node.op == "call_module" else None
+        if isinstance(module, FusedJoin):
+            if not is_free_after(node, node.args[0], small.graph, modules) and len(module.index) == node.meta["shape"][1]:
+                node.args = node.args[::-1]  # a sum of two whole tensors: either may be overwritten
+            module.inplace = is_free_after(node, node.args[0], small.graph, modules)
+        elif type(module) in RECTIFIERS and is_free_after(node, node.args[0], small.graph, modules):
+            own = copy.deepcopy(module)  # the module may be called elsewhere, where it must not overwrite
+            own.inplace = True
+            name = free_name(small, f"{node.name}_in_place")
+            small.add_submodule(name, own)
+            modules[name] = own
+            node.target = name
+
+
+def is_free_after(node: fx.Node, value: fx.Node, graph: fx.Graph, modules: dict[str, nn.Module]) -> bool:
+    """Whether the memory of ``value`` belongs to the graph and nothing reads it after ``node``."""
+    order = {other: i for i, other in enumerate(graph.nodes)}
+    for alias in alias_families(graph, modules)[value]:
+        if alias is node:
+            continue
+        if alias.op in ("placeholder", "get_attr") or any(order[user] > order[node] for user in alias.users):
+            return False
+    return True

@@ -1,0 +1,80 @@
+"""scatter_add_: residual += branch at some channels, then ReLU, on every backend and instruction set of the CPU."""
+
+import pytest
+import torch
+
+from mfp import ops
+
+CL = torch.channels_last
+SHAPES = [(1, 1, 1, 1), (2, 15, 3, 5), (2, 16, 4, 4), (1, 17, 7, 1), (3, 31, 2, 3), (2, 33, 5, 5), (2, 64, 1, 1), (0, 8, 2, 2)]
+
+
+def sample(shape, kept, dtype, layout, generator):
+    channels = shape[1]
+    index = torch.randperm(channels, generator=generator)[:kept].sort().values
+    whole = torch.randint(-9, 10, shape, generator=generator).to(dtype).contiguous(memory_format=layout)
+    branch = torch.randint(-9, 10, (shape[0], kept, *shape[2:]), generator=generator).to(dtype)
+    return whole, branch.contiguous(memory_format=layout), index
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CL])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_equals_torch_bitwise_on_whole_numbers(isa, layout, dtype, monkeypatch):
+    monkeypatch.setenv("MFP_CPU_ISA", isa)
+    generator = torch.Generator().manual_seed(0)
+    try:
+        ops.scatter_add_(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([0]), backend="cpu")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    for shape in SHAPES:
+        for kept in {1, shape[1] // 2 + 1, max(shape[1] - 1, 1), shape[1]}:
+            for relu in (False, True):
+                residual, branch, index = sample(shape, kept, dtype, layout, generator)
+                expected = residual.index_add(1, index, branch)
+                expected = expected.relu() if relu else expected
+                ops.scatter_add_(residual, branch, index, relu, backend="cpu")
+                assert torch.equal(residual, expected), (shape, kept, relu)
+
+
+def test_layouts_may_differ_and_nothing_outside_is_touched():
+    generator = torch.Generator().manual_seed(0)
+    for layout, other in ((CL, torch.contiguous_format), (torch.contiguous_format, CL)):
+        residual, branch, index = sample((2, 20, 3, 3), 7, torch.float32, layout, generator)
+        around = torch.full((residual.numel() + 32,), 7.0)
+        inner = around[16:-16].as_strided(residual.shape, residual.stride(), 16).copy_(residual)
+        expected = residual.index_add(1, index, branch)
+        ops.scatter_add_(inner, branch.contiguous(memory_format=other), index)
+        assert torch.equal(inner, expected)
+        assert (around[:16] == 7).all()
+        assert (around[-16:] == 7).all()
+
+
+def test_not_a_number_stays():
+    residual = torch.tensor([float("nan"), -1.0, 2.0]).view(1, 3, 1, 1).repeat(1, 6, 1, 1)
+    ops.scatter_add_(residual, torch.zeros(1, 1, 1, 1), torch.tensor([4]), True)
+    assert residual.flatten()[:3].isnan().tolist() == [True, False, False]
+    assert residual.flatten()[1:3].tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize(("index", "shape", "dtype", "message"), [
+    ([0, 0], (1, 2, 2, 2), torch.float32, "strictly increasing"),
+    ([2, 1], (1, 2, 2, 2), torch.float32, "strictly increasing"),
+    ([-1, 1], (1, 2, 2, 2), torch.float32, "strictly increasing"),
+    ([0, 4], (1, 2, 2, 2), torch.float32, "below 4"),
+    ([0], (1, 2, 2, 2), torch.float32, "one channel of the residual for each"),
+    ([0, 1], (1, 2, 2, 3), torch.float32, "differ in the channels alone"),
+    ([0, 1], (1, 2, 2, 2), torch.float16, "expected one dtype"),
+])  # fmt: skip
+def test_wrong_arguments_are_refused(index, shape, dtype, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.scatter_add_(torch.zeros(1, 4, 2, 2), torch.zeros(shape, dtype=dtype), torch.tensor(index), backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CL])
+def test_opcheck(dtype, layout):
+    generator = torch.Generator().manual_seed(0)
+    for relu in (False, True):
+        residual, branch, index = sample((2, 8, 3, 3), 5, dtype, layout, generator)
+        torch.library.opcheck(torch.ops.mfp.scatter_add_.default, (residual, branch, index, relu))
