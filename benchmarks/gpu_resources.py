@@ -148,9 +148,8 @@ def main() -> None:
         end = 30e-6 + (RATE * weights / BANDWIDTH if what == "five criteria" else 0.0)  # last tile; rows to zero
         predicted = max(issue, tensor, from_l2) / EFFICIENCY + norms + end
         rows.append((what, floor, issue, tensor, from_l2, norms, end, predicted))
-    print(
-        "\n| job (ms) | floor | issue | tensor cores | L2 | norms | end | predicted |\n|---|---|---|---|---|---|---|---|"
-    )
+    columns = ("job (ms)", "floor", "issue", "tensor cores", "L2", "norms", "end", "predicted")
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for what, *seconds in rows:
         print(f"| {what} | {' | '.join(f'{1e3 * value:.2f}' for value in seconds)} |")
     print(f"\nPair elements: {needed / 1e9:.2f} G needed, {computed / 1e9:.2f} G computed.")
