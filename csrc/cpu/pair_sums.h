@@ -328,6 +328,27 @@ ExactPair exact_pair(const Layer& layer, int64_t row, int64_t column, double row
   return {squared, less / 2, more / 2};
 }
 
+// Which filters of a tile are all zero, looked up once each. After a soft prune many are, and their pairs with each
+// other would all take the long way through exact_pair.
+class ZeroFilters {
+ public:
+  explicit ZeroFilters(const TileWork& work) : work_(work) {
+    std::fill_n(rows_, kTileRows, -1);
+    std::fill_n(columns_, kTileColumns, -1);
+  }
+  bool both(int64_t row, int64_t column) {
+    return look_up(rows_[row - work_.row_begin], row) && look_up(columns_[column - work_.column_begin], column);
+  }
+
+ private:
+  bool look_up(int8_t& known, int64_t filter) {
+    if (known < 0) known = largest_weight(*work_.layer, filter) == 0;
+    return known != 0;
+  }
+  const TileWork& work_;
+  int8_t rows_[kTileRows], columns_[kTileColumns];  // -1: not looked at yet
+};
+
 // Norms of the tile's columns in the form finish_row needs them: |a| - |b| must be right to the last bit of the
 // difference, hence two floats for each norm.
 struct ColumnNorms {
@@ -345,7 +366,7 @@ constexpr int kMaxRelations = 4;
 // Values of one row's pairs for each requested relation, in the order l1, l2, cosine, hybrid; lanes that are no pair
 // hold 0. Returns how many relations there are.
 inline int finish_row(const TileWork& work, const ColumnNorms& norms, const Scratch& s, int64_t row, int vectors,
-                      Vec (&values)[kMaxRelations][kVectors]) {
+                      ZeroFilters& zeros, Vec (&values)[kMaxRelations][kVectors]) {
   const float* first = s.first + (row - work.row_begin) * kTileColumns;
   const float* second = s.second + (row - work.row_begin) * kTileColumns;
   const int32_t limit = static_cast<int32_t>(std::min(work.column_end, row) - work.column_begin);
@@ -391,7 +412,7 @@ inline int finish_row(const TileWork& work, const ColumnNorms& norms, const Scra
 
   for (int64_t column = 0; column < limit; ++column) {
     const int64_t v = column / kLanes, i = column % kLanes;
-    if (!odd[v][i]) continue;
+    if (!odd[v][i] || (second[column] == 0 && zeros.both(row, work.column_begin + column))) continue;
     const double column_norm = angles ? work.norms[work.column_begin + column] : 0;
     const double row_norm = angles ? work.norms[row] : 0;
     const ExactPair exact = exact_pair(*work.layer, row, work.column_begin + column, row_norm, column_norm);
@@ -407,6 +428,7 @@ inline int finish_row(const TileWork& work, const ColumnNorms& norms, const Scra
 // Row and column sums of every relation. The hybrid criterion weighs each pair by the other filter's norm.
 void finish(const TileWork& work, const Scratch& s) {
   ColumnNorms norms = {};
+  ZeroFilters zeros(work);
   if (work.cosine || work.hybrid) {
     for (int64_t c = 0; c < work.column_end - work.column_begin; ++c) {
       split(work.norms[work.column_begin + c], norms.high + c, norms.low + c, norms.inverse + c);
@@ -418,7 +440,7 @@ void finish(const TileWork& work, const Scratch& s) {
   int relations = 0;
   const int vectors = static_cast<int>(columns_in_use(work) / kLanes);
   for (int64_t row = std::max(work.row_begin, work.column_begin + 1); row < work.row_end; ++row) {
-    relations = finish_row(work, norms, s, row, vectors, values);
+    relations = finish_row(work, norms, s, row, vectors, zeros, values);
     for (int relation = 0; relation < relations; ++relation) {
       const bool weighted = relation == hybrid;
       const float row_weight = weighted ? static_cast<float>(work.norms[row]) : 1.0f;

@@ -125,9 +125,10 @@ static void check_scores(const std::vector<Shape>& shapes, DType dtype, std::mt1
   int64_t total = 0;
   for (const Shape& shape : shapes) {
     weights.emplace_back(dtype, shape.filters * shape.size, random);
-    if (shape.filters > 2 && shape.size > 0) {  // an all-zero filter, and a duplicate
+    if (shape.filters > 4 && shape.size > 0) {  // two all-zero filters, and a duplicate
       const int64_t bytes = weights.back().bytes.size() / shape.filters;
       weights.back().zero(0, shape.size);
+      weights.back().zero(3 * shape.size, 4 * shape.size);
       std::memcpy(&weights.back().bytes[bytes], &weights.back().bytes[2 * bytes], bytes);
     }
     total += shape.filters;
