@@ -230,7 +230,7 @@ def masked_sgd_(
         first_step: the momentum buffers have no value yet and start as the gradients.
     """
     if params:
-        _optimizer_module(params[0].device, backend).masked_sgd_(
+        _module(params[0].device, backend).masked_sgd_(
             params, grads, momentum_buffers, keep, offsets, rows, lr, momentum, dampening, weight_decay, nesterov,
             maximize, first_step,
         )  # fmt: skip
@@ -255,16 +255,10 @@ def masked_adamw_(
 ) -> None:
     """One AdamW step of all parameters in place; arguments as for :func:`masked_sgd_`, ``step`` counts from 1."""
     if params:
-        _optimizer_module(params[0].device, backend).masked_adamw_(
+        _module(params[0].device, backend).masked_adamw_(
             params, grads, exp_avgs, exp_avg_sqs, keep, offsets, rows, lr, beta1, beta2, eps, weight_decay, maximize,
             step,
         )  # fmt: skip
-
-
-def _optimizer_module(device: torch.device, backend: str | None) -> ModuleType:
-    """Where the optimiser steps are: compiled for the CPU, the reference elsewhere, named or not."""
-    chosen = backends.choose(device, backend)
-    return reference if chosen.name in ("reference", "triton") else torch.ops.mfp
 
 
 def scatter_add_(
