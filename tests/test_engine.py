@@ -286,3 +286,16 @@ def test_configuration_round_trips_and_knows_its_own():
         RunConfig.from_json('{"colour": 1}')
     with pytest.raises(MfpError, match="c.json is not the configuration of a run"):
         RunConfig.from_json("{", "c.json")
+
+
+def test_tensorboard_gets_what_the_table_has(tmp_path, data):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = tiny_trainer(tmp_path, tiny_config(tensorboard=True), data)
+    trainer.fit()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train_loss", "top1", "lr", "churn", "neighbour_l2_norm", "attribute_before", "filters_kept/conv1"} <= tags
+    assert [event.value for event in events.Scalars("top1")] == pytest.approx([row["top1"] for row in trainer.history])
+    assert [event.value for event in events.Scalars("filters_kept/conv1")] == [5, 5]
