@@ -82,7 +82,8 @@ def prune(
 ) -> None:
     """Train a network while pruning it, remove the pruned filters, and show what was gained.
 
-    Without options: ResNet-20 on the handwritten digits inside scikit-learn. Under torchrun: with all its processes.
+    Without --arch and --data it is the recipe `demo`: ResNet-20 on the handwritten digits inside scikit-learn. Under
+    torchrun it uses all the processes.
     """
     from mfp.train.engine import Interrupted
     from mfp.train.run import run
@@ -119,11 +120,11 @@ def _make_config(given: dict[str, Any], recipe_name: str | None, resumed: Path |
         if ":" in config.arch and "arch" not in values:
             raise MfpError(f"{stored} names a function of yours; it is imported only if you say --model {config.arch}")
         return dataclasses.replace(config, **values)
-    settings: dict[str, Any] = {}
-    if recipe_name:
-        settings = recipe(recipe_name).settings
-        if "data" not in values:
-            raise MfpError(f"--recipe {recipe_name} needs --data {recipe(recipe_name).data}")
+    if not recipe_name and not values.keys() & {"arch", "data"}:
+        recipe_name = "demo"
+    settings = recipe(recipe_name).settings if recipe_name else {}
+    if recipe_name and recipe(recipe_name).data.endswith(":PATH") and "data" not in values:
+        raise MfpError(f"--recipe {recipe_name} needs --data {recipe(recipe_name).data}")
     return RunConfig(**{**settings, **values})
 
 
@@ -211,7 +212,7 @@ def _print_result(result: dict[str, Any], output: Path, recipe_name: str | None)
         f"criterion chosen at each pruning point: {_runs(result['criteria'])}",
         f"run directory: {output} (the smaller network: {output / 'compact.mfp'})",
     ]  # fmt: skip
-    if recipe_name:
+    if recipe_name and recipe_name != "demo":
         from mfp.train.recipes import recipe
 
         published = ", ".join(f"{key} {value:g} %" for key, value in recipe(recipe_name).published.items())

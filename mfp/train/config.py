@@ -28,7 +28,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Settings of `mfp prune`. The defaults are the demonstration: ResNet-20 on the handwritten digits.
+    """Settings of `mfp prune`; the defaults suit a short run on a small data set.
 
     >>> RunConfig(epochs=3, lr=0.1).learning_rate(step=0, steps_per_epoch=10)
     0.1
