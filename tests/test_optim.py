@@ -350,20 +350,20 @@ def test_every_level_and_thread_count_gives_the_same_parameters(isa, monkeypatch
     if levels.index(isa) > levels.index(mfp.backend.build_info()["cpu_isa"]):
         pytest.skip(f"this machine has no {isa}")
     monkeypatch.setenv("MFP_CPU_ISA", isa)
-    weight = torch.randn(70, 701, generator=torch.Generator().manual_seed(0))  # more than one piece of work
-    keep = torch.arange(70) % 3 > 0
+    weight = torch.randn(700, 701, generator=torch.Generator().manual_seed(0))  # more than one piece of work
+    keep = torch.arange(700) % 3 > 0
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
         param, buffer = weight.clone(), weight.clone()
-        ops.masked_sgd_([param], [weight], [buffer], keep, [0], [70], 0.1, 0.9, 0.0, 1e-2, True, False, False)
+        ops.masked_sgd_([param], [weight], [buffer], keep, [0], [700], 0.1, 0.9, 0.0, 1e-2, True, False, False)
         results.append((param, buffer))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
     expected = [weight.double(), weight.double()]
     reference.masked_sgd_(
-        expected[:1], [weight.double()], expected[1:], keep, [0], [70], 0.1, 0.9, 0.0, 1e-2, True, False, False
+        expected[:1], [weight.double()], expected[1:], keep, [0], [700], 0.1, 0.9, 0.0, 1e-2, True, False, False
     )
     for result, wanted in zip(results[0], expected, strict=True):
         torch.testing.assert_close(result.double(), wanted, atol=1e-6, rtol=1e-6)

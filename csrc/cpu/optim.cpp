@@ -17,13 +17,14 @@ static OptimKernels kernels_of(Isa isa) {
 
 namespace {
 
+constexpr int64_t kWeightsPerPiece = 1 << 15;
+
 struct Piece {
   const Parameter* parameter;
   int64_t begin, end;  // rows
 };
 
 std::vector<Piece> pieces_of(const std::vector<Parameter>& parameters) {
-  constexpr int64_t kWeightsPerPiece = 1 << 15;
   std::vector<Piece> pieces;
   for (const Parameter& parameter : parameters) {
     const int64_t step = std::max<int64_t>(1, kWeightsPerPiece / std::max<int64_t>(1, parameter.row_size));
@@ -34,20 +35,24 @@ std::vector<Piece> pieces_of(const std::vector<Parameter>& parameters) {
   return pieces;
 }
 
+// Calls kernel(parameter, step, begin, end) for all pieces.
+template <class Kernel, class Step>
+void run(Kernel kernel, const std::vector<Parameter>& parameters, const Step& step, int num_threads) {
+  int64_t weights = 0;
+  for (const Parameter& parameter : parameters) weights += parameter.rows * parameter.row_size;
+  const std::vector<Piece> pieces = pieces_of(parameters);
+  spread(pieces.size(), worth(num_threads, weights, 2 * kWeightsPerPiece),
+         [&](int64_t i) { kernel(*pieces[i].parameter, step, pieces[i].begin, pieces[i].end); });
+}
+
 }  // namespace
 
 void sgd_step(const std::vector<Parameter>& parameters, const SgdStep& step, int num_threads, Isa isa) {
-  const OptimKernels kernels = kernels_of(isa);
-  const std::vector<Piece> pieces = pieces_of(parameters);
-  spread(pieces.size(), num_threads,
-         [&](int64_t i) { kernels.sgd(*pieces[i].parameter, step, pieces[i].begin, pieces[i].end); });
+  run(kernels_of(isa).sgd, parameters, step, num_threads);
 }
 
 void adamw_step(const std::vector<Parameter>& parameters, const AdamwStep& step, int num_threads, Isa isa) {
-  const OptimKernels kernels = kernels_of(isa);
-  const std::vector<Piece> pieces = pieces_of(parameters);
-  spread(pieces.size(), num_threads,
-         [&](int64_t i) { kernels.adamw(*pieces[i].parameter, step, pieces[i].begin, pieces[i].end); });
+  run(kernels_of(isa).adamw, parameters, step, num_threads);
 }
 
 }  // namespace mfp::cpu

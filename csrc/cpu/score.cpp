@@ -37,14 +37,16 @@ std::vector<Norms> all_norms(const std::vector<Layer>& layers, const LayerOffset
                              int num_threads) {
   constexpr int64_t kWeightsPerItem = 1 << 16;
   std::vector<Range> items;
+  int64_t weights = 0;
   for (size_t l = 0; l < layers.size(); ++l) {
+    weights += layers[l].num_filters * layers[l].filter_size;
     const int64_t step = std::max<int64_t>(1, kWeightsPerItem / std::max<int64_t>(1, layers[l].filter_size));
     for (int64_t begin = 0; begin < layers[l].num_filters; begin += step) {
       items.push_back({l, begin, std::min(begin + step, layers[l].num_filters)});
     }
   }
   std::vector<Norms> norms(offsets.total());
-  spread(items.size(), num_threads, [&](int64_t i) {
+  spread(items.size(), worth(num_threads, weights, 2 * kWeightsPerItem), [&](int64_t i) {
     for (int64_t filter = items[i].begin; filter < items[i].end; ++filter) {
       norms[offsets.begin[items[i].layer] + filter] = kernels.norms(layers[items[i].layer], filter);
     }

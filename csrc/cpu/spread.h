@@ -7,6 +7,11 @@
 
 namespace mfp::cpu {
 
+// As many threads as are worth their start: a second one where there is `enough` for one, and so on.
+inline int worth(int num_threads, int64_t amount, int64_t enough) {
+  return static_cast<int>(std::min<int64_t>(num_threads, 1 + amount / enough));
+}
+
 // Runs work(i) for all i < count. Which thread runs which i is left to chance; results must not depend on it.
 template <class Work>
 void spread(int64_t count, int num_threads, Work work) {
