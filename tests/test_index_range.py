@@ -1,7 +1,7 @@
 """Tensors of more than 2^31 elements: every CPU op finds the right ones.
 
 The memory is virtual: numpy's zeros come from pages that exist only when they are written, and reading them costs no
-memory either. So a few weights are written at the far end of 3.2 billion, and what the ops compute from them is known
+memory either. So a few weights are written at the far end of 2.3 billion, and what the ops compute from them is known
 exactly; with 32-bit indices they would be looked for elsewhere, and zeros (or nothing) be found.
 """
 
@@ -11,7 +11,7 @@ import torch
 
 from mfp import ops
 
-K = 2**30  # of each of 3 filters: 3 * K and the offsets of the last filter are beyond 2^31
+N, K = 17, 2**27  # N * K, and where the last filter starts, are not below 2^31
 
 
 def virtual(rows: int, size: int) -> torch.Tensor:
@@ -23,26 +23,27 @@ def virtual(rows: int, size: int) -> torch.Tensor:
 
 
 def test_scores():
-    weight = virtual(3, K)
-    assert weight.numel() > 2**31
-    weight[2, -1], weight[2, -2], weight[1, -1] = 3.0, -4.0, 3.0  # filters (0, 0), (0, 3) and (-4, 3)
+    weight = virtual(N, K)
+    assert weight[-1].storage_offset() >= 2**31
+    weight[-1, -1], weight[-1, -2], weight[-2, -1] = 3.0, -4.0, 3.0  # filters 0, ..., 0, (0, 3) and (-4, 3)
     norm, distance, cosine, hybrid = range(4)
     kinds = [norm, norm, distance, distance, cosine, hybrid]
     scores = ops.score_filters([weight], kinds, [1.0, 2.0, 1.0, 2.0, 2.0, 2.0])
+    zeros = N - 2
     expected = [
-        [0.0, 3.0, 7.0],
-        [0.0, 3.0, 5.0],
-        [3.0 + 7.0, 3.0 + 4.0, 7.0 + 4.0],
-        [3.0 + 5.0, 3.0 + 4.0, 5.0 + 4.0],
-        [2.0, 1.0 + 0.4, 1.0 + 0.4],
-        [0.0, 3.0 * 5.0 * 0.4, 3.0 * 5.0 * 0.4],
+        [0.0] * zeros + [3.0, 7.0],
+        [0.0] * zeros + [3.0, 5.0],
+        [3.0 + 7.0] * zeros + [3.0 * zeros + 4.0, 7.0 * zeros + 4.0],
+        [3.0 + 5.0] * zeros + [3.0 * zeros + 4.0, 5.0 * zeros + 4.0],
+        [2.0] * zeros + [zeros + 0.4, zeros + 0.4],
+        [0.0] * zeros + [3.0 * 5.0 * 0.4, 3.0 * 5.0 * 0.4],
     ]
     torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-5, atol=0)
 
 
 def test_masking_and_optimizer_steps():
     size = 2**12
-    rows = 3 * K // size
+    rows = N * K // size
     weight = virtual(rows, size)
     weight[-1], weight[-2] = 2.0, 8.0
     keep = torch.ones(rows, dtype=torch.bool)
