@@ -5,7 +5,7 @@ as in "Filter Pruning by Switching to Neighboring CNNs with Good Attributes" (ar
 filters for good at the end.
 """
 
-from mfp import backend, ops
+from mfp import backend, ops, optim
 from mfp.attributes import recalibrate_batchnorm
 from mfp.compact import CompactReport, compact, flops
 from mfp.criteria import PAPER_CRITERIA
@@ -16,6 +16,7 @@ from mfp.plan import FilterPlan
 from mfp.pruner import Decision, FilterPruner
 from mfp.scores import FilterScores, score_filters
 from mfp.selection import prune_filters_, select_filters, select_mix
+from mfp.targets import RateForTarget, find_rate
 
 __version__ = "0.1.0"
 
@@ -28,11 +29,14 @@ __all__ = [
     "FilterPruner",
     "FilterScores",
     "MfpError",
+    "RateForTarget",
     "backend",
     "compact",
+    "find_rate",
     "flops",
     "load",
     "ops",
+    "optim",
     "prune_filters_",
     "recalibrate_batchnorm",
     "save",
