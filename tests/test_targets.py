@@ -19,6 +19,10 @@ def compacted(rate, **plan_arguments):
     return mfp.compact(model, EXAMPLE)
 
 
+def count_flops(network):
+    return mfp.flops(network, EXAMPLE)
+
+
 @pytest.mark.parametrize(("what", "count"), [("flops", count_flops), ("parameters", count_parameters)])
 def test_the_smallest_rate_that_reaches_half_the_cost(what, count):
     torch.manual_seed(0)
