@@ -21,9 +21,9 @@ namespace MFP_ISA {
 
 constexpr int kPanel = 2 * kLanes;  // columns that the register tile covers
 constexpr int kVectors = kTileColumns / kLanes;
-// Rows of the register tile. 32 registers hold 2 * 6 * 2 sums, 16 hold 2 * 3 * 2; one sum per pair leaves room for
-// more.
-constexpr int kRowsBoth = kLanes == 16 ? 6 : 3;
+// Rows of the register tile. 32 registers hold 2 * 6 * 2 sums; 16 hold 2 * 2 * 2, for with a third row the compiler
+// spills. One sum per pair leaves room for more.
+constexpr int kRowsBoth = kLanes == 16 ? 6 : 2;
 constexpr int kRowsOne = kLanes == 16 ? 8 : 4;
 
 // x^p for x >= 0, relative error 1e-6 as long as |p log2 x| < 32; below 2^-126 it is 0.
@@ -74,7 +74,12 @@ inline const float* read(const Layer& layer, int64_t filter, int64_t begin, int6
 constexpr int kWide = kLanes / 2;
 typedef double Wide __attribute__((vector_size(8 * kWide)));
 typedef int64_t WideBits __attribute__((vector_size(8 * kWide)));
-typedef float Narrow __attribute__((vector_size(4 * kWide), aligned(4), may_alias));
+
+inline Wide widen(const float* p) {
+  Wide v;
+  for (int i = 0; i < kWide; ++i) v[i] = p[i];
+  return v;
+}
 
 Norms norms(const Layer& layer, int64_t filter) {
   constexpr int kChains = 4;  // independent sums, so that the memory is waited for and not the additions
@@ -88,7 +93,7 @@ Norms norms(const Layer& layer, int64_t filter) {
     for (; k + kChains * kWide <= count; k += kChains * kWide) {
 #pragma GCC unroll 4
       for (int i = 0; i < kChains; ++i) {
-        const Wide v = __builtin_convertvector(*reinterpret_cast<const Narrow*>(w + k + i * kWide), Wide);
+        const Wide v = widen(w + k + i * kWide);
         magnitudes[i] += (Wide)((WideBits)v & INT64_MAX);
         squares[i] += v * v;
       }
