@@ -1,4 +1,5 @@
 // The kernels of csrc/cuda as a shared library for tests/test_cuda_logic.py, compiled by g++ on top of cuda_on_cpu.h.
+#include <algorithm>
 #include <cmath>
 
 #include "cuda/mask.cu"
@@ -59,6 +60,7 @@ int prune_filters(void** weights, const int64_t* filters, const int64_t* sizes, 
   float* aligned = partial.data();
   while (reinterpret_cast<uintptr_t>(aligned) % 16 != 0) ++aligned;
   for (int i = 0; i < launches; ++i) {
+    std::fill_n(scores, asked.size() * static_cast<size_t>(total), NAN);  // what a launch does not write shows
     const int error = launch_scores(plan, plan.bytes.data(), scores, keep, aligned, norms.data(), nullptr);
     if (error != 0) return error;
   }
