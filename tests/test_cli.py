@@ -136,7 +136,7 @@ def test_runs_are_kept_apart(finished, command):
     ("arguments", "message"),
     [
         ("prune --rate 1", "error: --rate must be at least 0 and below 1, not 1.0"),
-        ("prune --rate 0", "--rate 0.0 with --channel-multiple 1 prunes no filter of any of the 19 layers of resnet20"),
+        ("prune --rate 0", "--rate 0.0 with --channel-multiple 1 prunes no filter of any of the 13 layers of resnet20"),
         ("prune --arch resnet21", "unknown network 'resnet21'; near it: "),
         ("prune --arch os:getcwd", "code of yours is imported only by --model package:function"),
         ("prune --model resnet20", "write package:function (names of networks go to --arch)"),
