@@ -66,6 +66,7 @@ MODULES: dict[str, type[nn.Module]] = {
 }  # fmt: skip
 OWN_MODULES = {cls.__name__: cls for cls in (
     own.AddConstants, own.ConvWithBorder, own.ExpandChannels, own.FusedJoin, own.ResidualJoin, own.SelectChannels,
+    own.ServingConv2d,
 )}  # fmt: skip
 DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool,
@@ -231,13 +232,10 @@ def _encode(value: Any) -> Any:
 
 
 def _describe_modules(small: fx.GraphModule) -> dict[str, dict[str, Any]]:
+    called = {node.target for node in small.graph.nodes if node.op == "call_module"}
     described: dict[str, dict[str, Any]] = {}
-    known = dict(small.named_modules())
-    for node in small.graph.nodes:
-        if node.op != "call_module":
-            continue
-        for below, module in known[node.target].named_modules():
-            name = f"{node.target}.{below}" if below else node.target
+    for name, module in small.named_modules():  # this order: parameters must come back in it
+        if name in called or name.rpartition(".")[0] in described:
             described[name] = {"class": type(module).__name__, "config": _config(name, module),
                                "training": module.training}  # fmt: skip
     return described
@@ -249,11 +247,14 @@ def _config(name: str, module: nn.Module) -> dict[str, Any]:
     if MODULES.get(cls.__name__) is not cls and OWN_MODULES.get(cls.__name__) is not cls:
         raise MfpError(f"cannot save: layer '{name}' is a {cls.__module__}.{cls.__name__}, which mfp.load could not build")
     config = {}
-    for key in inspect.signature(cls.__init__).parameters:
+    keys = list(inspect.signature(cls.__init__).parameters)
+    if cls is own.ServingConv2d:
+        keys = [*inspect.signature(nn.Conv2d.__init__).parameters, "activation"]
+    for key in keys:
         value = getattr(module, key, inspect.Parameter.empty)
         if key in ("self", "device", "dtype") or value is inspect.Parameter.empty:
             continue
-        if key == "bias" and cls.__name__ in MODULES:
+        if key == "bias" and (cls.__name__ in MODULES or cls is own.ServingConv2d):
             config[key] = value is not None
         elif isinstance(value, Tensor):
             config[key] = {"tensor": True}
@@ -269,7 +270,7 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphM
     for name, source in description["aliases"].items():
         tensors[_path(name)] = tensors[source]
     root = nn.Module()
-    for name in sorted(description["modules"], key=lambda name: name.count(".")):
+    for name in description["modules"]:
         _add(root, _path(name), _make_module(name, description["modules"][name], tensors))
     _fill(root, tensors, set(description["frozen"]), set(description["buffers"]))
     name = description["name"]

@@ -117,10 +117,12 @@ class Graphs:
         self.layer(source, nn.ConvTranspose2d(channels, 6, 3, 1, 1, groups=groups), (6, height, width))
 
     def activation(self, source: int) -> None:
-        module = self.pick([nn.ReLU(), nn.ReLU(inplace=True), nn.Sigmoid(), nn.Hardswish(), nn.MaxPool2d(3, 1, 1),
-                            nn.PReLU(self.shapes[source][0]), nn.GroupNorm(1, self.shapes[source][0]),
-                            nn.AvgPool2d(3, 1, 1), nn.Dropout(), nn.BatchNorm2d(self.shapes[source][0]),
-                            nn.InstanceNorm2d(self.shapes[source][0], affine=True)])  # fmt: skip
+        channels, height, width = self.shapes[source]
+        options = [nn.ReLU(), nn.ReLU(inplace=True), nn.Sigmoid(), nn.Hardswish(), nn.MaxPool2d(3, 1, 1), nn.Dropout(),
+                   nn.PReLU(channels), nn.GroupNorm(1, channels), nn.AvgPool2d(3, 1, 1), nn.BatchNorm2d(channels)]  # fmt: skip
+        if min(height, width) > 1:  # one pixel has no statistics
+            options.append(nn.InstanceNorm2d(channels, affine=True))
+        module = self.pick(options)
         self.layer(source, module, self.shapes[source])
 
     def again(self, source: int) -> None:
@@ -130,7 +132,8 @@ class Graphs:
         if not names:
             return
         name, module = self.pick(names)
-        if isinstance(module, nn.Conv2d) and (module.kernel_size[0] > min(height, width)):
+        smallest = module.kernel_size[0] if isinstance(module, nn.Conv2d) else 2
+        if min(height, width) < smallest:
             return
         out = copy.deepcopy(module).eval()(torch.zeros(1, channels, height, width)).shape[1:]
         self.append("layer", [source], name, tuple(out))

@@ -82,9 +82,7 @@ def finish(build: Builder, name: str, serving: dict[str, Any] | None) -> fx.Grap
         fold_batchnorm(small)
         with eval_mode(small):
             prepare_for_serving(small, serving)
-    small.delete_all_unused_submodules()
-    small.recompile()
-    return small
+    return fx.GraphModule(small, small.graph, type(small).__name__)  # only what is used, in the graph's order
 
 
 def restore_modes(small: fx.GraphModule, modes: dict[str, bool]) -> None:

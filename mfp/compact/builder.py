@@ -94,9 +94,10 @@ class Builder:
         constant = torch.where(wanted >= 0, known.const[wanted.clamp(min=0)], float("nan"))
         ids = torch.where(found | ~constant.isnan(), wanted, -1)
         fill = torch.where(found, 0.0, constant.nan_to_num())
+        in_order = torch.equal(position[found], torch.arange(len(present)))
         module = ExpandChannels(
             position[found], found.nonzero().flatten(), len(wanted), known.dim,
-            fill.to(node.meta["dtype"]) if fill.any() else None,
+            fill.to(node.meta["dtype"]) if fill.any() else None, in_order,
         )  # fmt: skip
         return Piece(self.call(f"{node.name}_expand", module, (piece.node,)), ids)
 

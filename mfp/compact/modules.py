@@ -35,25 +35,32 @@ class ExpandChannels(nn.Module):
     """Spreads the input's channels over a wider tensor whose other channels hold constants.
 
     Channel ``source[i]`` of the input becomes channel ``index[i]`` of the output, which has len(fill) channels
-    (width channels of zeros when there is no fill).
+    (width channels of zeros when there is no fill). ``in_order``: all channels of the input, increasing in both.
     """
 
     mfp_leaf = True
 
-    def __init__(self, source: Tensor, index: Tensor, width: int, dim: int, fill: Tensor | None = None) -> None:
+    def __init__(
+        self, source: Tensor, index: Tensor, width: int, dim: int, fill: Tensor | None = None, in_order: bool = False
+    ) -> None:
         super().__init__()
         self.dim, self.width = dim, width
         self.register_buffer("source", source)
         self.register_buffer("index", index)
         self.fill = None if fill is None else nn.Parameter(fill)
+        self.in_order = in_order
 
     def forward(self, x: Tensor) -> Tensor:
         shape = list(x.shape)
         shape[self.dim] = self.width
+        if self.dim == 1 and self.fill is None and self.in_order and fits_op(x) and x.dim() > 2:
+            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x)).zero_()
+            ops.scatter_add_(out, x, self.index, False)
+            return out
         out = x.new_zeros(shape).contiguous(memory_format=memory_format_of(x))
         if self.fill is not None:
             out = out + per_channel(self.fill, self.dim, x.dim())
-        if len(self.source) < x.shape[self.dim]:
+        if not self.in_order:
             x = x.index_select(self.dim, self.source)
         return out.index_copy(self.dim, self.index, x)
 
@@ -104,7 +111,7 @@ class FusedJoin(nn.Module):
 
 def fits_op(residual: Tensor) -> bool:
     """Whether mfp's op may run: no gradient, no export, a layout and a dtype that it takes."""
-    if torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return residual.dtype in ops.FLOATS and residual.is_contiguous(memory_format=memory_format_of(residual))
 
@@ -113,6 +120,60 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     if x.is_contiguous() or x.dim() not in (4, 5):
         return torch.contiguous_format
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+
+
+# activations that oneDNN computes while a conv's result is still in registers: (its name, its numbers, torch's function)
+ACTIVATIONS = {
+    "none": ("none", [], lambda x: x),
+    "relu": ("relu", [], F.relu),
+    "relu6": ("hardtanh", [0.0, 6.0], F.relu6),
+    "hardswish": ("hardswish", [], F.hardswish),
+    "silu": ("swish", [], F.silu),
+}
+
+
+class ServingConv2d(nn.Conv2d):
+    """conv and activation in one, with the weight packed once for this processor: for serving on a CPU.
+
+    torch packs a plain conv's weight anew at each call, which costs a 1x1 conv as much time as its arithmetic. The
+    packed copy is made at the first call without gradients and renewed when the weight changes; wherever it does not
+    apply (gradients, export, other devices and dtypes), this is an ordinary conv and activation.
+    """
+
+    mfp_leaf = True
+    _packed: tuple[tuple, Tensor] | None = None
+
+    def __init__(self, *args, activation: str = "none", **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        name, numbers, function = ACTIVATIONS[self.activation]
+        if not self.packs(x):
+            return function(super().forward(x))
+        weight = self.packed_weight(x)
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, weight, self.bias, self.padding, self.stride, self.dilation, self.groups, name, numbers, ""
+        )
+
+    def packs(self, x: Tensor) -> bool:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        plain = self.padding_mode == "zeros" and not isinstance(self.padding, str) and x.dim() == 4 and x.numel() > 0
+        return plain and x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and torch.backends.mkldnn.enabled
+
+    def packed_weight(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.shape)
+        if self._packed is None or self._packed[0] != state:
+            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
+                weight.detach().to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, x.shape
+            )
+            self._packed = (state, packed)
+        return self._packed[1]
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_packed"}
 
 
 class AddConstants(nn.Module):

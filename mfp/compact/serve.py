@@ -10,10 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mfp.compact.modules import FusedJoin, ResidualJoin
+from mfp.compact.modules import FusedJoin, ResidualJoin, ServingConv2d
 from mfp.compact.normalize import ShapeRecorder, alias_families
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.LeakyReLU, nn.ELU)
+FUSED_ACTIVATIONS = {
+    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu", F.relu: "relu", torch.relu: "relu",
+    F.relu6: "relu6", F.hardswish: "hardswish", F.silu: "silu", "relu": "relu",
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -25,6 +29,7 @@ def prepare_for_serving(small: fx.GraphModule, arguments: dict[str, Any]) -> Non
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     ShapeRecorder(small).run(*arguments.values())
     fuse_joins(small)
+    pack_convs(small)
     reuse_memory(small)
     small.graph.lint()
 
@@ -72,13 +77,48 @@ def first_device(modules: dict[str, nn.Module]) -> torch.device:
 
 def only_relu_behind(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
     """The ReLU that is the only reader of the node."""
+    found = activation_behind(node, modules)
+    return found[0] if found is not None and found[1] == "relu" else None
+
+
+def activation_behind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, str] | None:
+    """The activation that is the only reader of the node, and its name."""
     if len(node.users) != 1:
         return None
     user = next(iter(node.users))
-    module = type(modules[user.target]) is nn.ReLU if user.op == "call_module" else False
-    function = user.op == "call_function" and user.target in (F.relu, torch.relu)
-    method = user.op == "call_method" and user.target == "relu"
-    return user if module or function or method else None
+    kind = type(modules[user.target]) if user.op == "call_module" else user.target
+    name = FUSED_ACTIVATIONS.get(kind) if user.op.startswith("call_") else None
+    return None if name is None else (user, name)
+
+
+def pack_convs(small: fx.GraphModule) -> None:
+    """2d convs become ServingConv2d, with the activation that alone reads them."""
+    modules = dict(small.named_modules())
+    calls: dict[str, list[fx.Node]] = {}
+    for node in small.graph.nodes:
+        if node.op == "call_module" and type(modules[node.target]) is nn.Conv2d:
+            calls.setdefault(node.target, []).append(node)
+    for target, nodes in calls.items():
+        found = activation_behind(nodes[0], modules) if len(nodes) == 1 else None
+        replace_module(small, target, serving_conv(modules[target], "none" if found is None else found[1]))
+        if found is not None:
+            found[0].replace_all_uses_with(nodes[0])
+            small.graph.erase_node(found[0])
+
+
+def serving_conv(conv: nn.Conv2d, activation: str) -> ServingConv2d:
+    with torch.device("meta"):
+        new = ServingConv2d(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            conv.groups, conv.bias is not None, conv.padding_mode, activation=activation,
+        )  # fmt: skip
+    new.weight, new.bias = conv.weight, conv.bias
+    return new.train(conv.training)
+
+
+def replace_module(small: fx.GraphModule, target: str, module: nn.Module) -> None:
+    path, _, last = target.rpartition(".")
+    setattr(small.get_submodule(path), last, module)
 
 
 def free_name(small: fx.GraphModule, name: str) -> str:
