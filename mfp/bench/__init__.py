@@ -12,23 +12,32 @@ from rich.console import Console
 def main(arguments: Sequence[str]) -> None:
     """Run `mfp bench` with these command-line arguments."""
     parser = argparse.ArgumentParser(prog="mfp bench", description=__doc__)
-    parser.add_argument("--arch", default="resnet50", help="network whose weights are used (default: resnet50)")
+    parser.add_argument("--arch", help="network (default: resnet50; for --compact ResNet-18, 34, 50 and 101)")
     parser.add_argument("--rate", type=float, default=0.4, help="share of filters pruned (default: 0.4)")
     parser.add_argument("--json", action="store_true", help="print the numbers for machines")
     parser.add_argument("--overhead", action="store_true", help="what pruning adds to an ImageNet epoch, instead")
-    parser.add_argument("--batch", type=int, default=8, help="images in a training step of --overhead (default: 8)")
+    parser.add_argument("--compact", action="store_true", help="dense against compact networks, instead")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="images in a batch of --overhead or --compact (default: 8)"
+    )
     options = parser.parse_args(arguments)
     console = Console(stderr=options.json, highlight=False)
     if not console.is_terminal:
         console.width = 120
-    if options.overhead:
+    if options.compact:
+        from mfp.bench import compaction
+
+        archs = [options.arch] if options.arch else compaction.NETWORKS
+        report = compaction.measure(archs, options.rate, options.batch, console)
+        printer = compaction.print_table
+    elif options.overhead:
         from mfp.bench import overhead
 
-        report = overhead.measure(options.arch, options.rate, options.batch, console)
+        report = overhead.measure(options.arch or "resnet50", options.rate, options.batch, console)
         printer = overhead.print_table
     else:
         from mfp.bench import table
 
-        report = table.measure(options.arch, options.rate, console)
+        report = table.measure(options.arch or "resnet50", options.rate, console)
         printer = table.print_table
     print(json.dumps(report, indent=1)) if options.json else printer(report, console)

@@ -42,7 +42,7 @@ def measure(arch: str, rate: float, batch: int, console: Console) -> dict[str, A
     with console.status("forward and backward ..."):
         times = {"passes": seconds(passes)}
     plan = mfp.FilterPlan.from_model(model, rate)
-    pruner = mfp.FilterPruner(model, rate, mode="hard")
+    pruner = mfp.FilterPruner(model, rate)  # soft: each call scores, tries and zeroes anew
     with console.status("pruning point, optimiser steps ..."):
         times["pruning"] = seconds(lambda: pruner.step(0))
         mask = mfp.select_filters(mfp.score_filters(plan, ("l2_distance",)))
