@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mfp.train.config import RunConfig
 
 USERS_MISTAKE, FAILURE = 2, 1
+SWITCHES = ("MFP_BACKEND", "MFP_CPU_ISA", "MFP_DEBUG", "MFP_CUDA", "TORCH_CUDA_ARCH_LIST")  # setup.py explains them
 NAMES = {"flops": "FLOPs", "parameters": "parameters", "milliseconds": "time"}
 
 app = typer.Typer(
@@ -323,3 +324,5 @@ def info() -> None:
         print(f"backend {name}: {entry.unusable or 'runs'}")
     for key, value in (backend.build_info() or {}).items():
         print(f"built with {key}: {value}")
+    for switch in SWITCHES:
+        print(f"switch {switch}: {os.environ.get(switch, 'not set')}")

@@ -31,9 +31,9 @@ from mfp.errors import MfpError
 VERSION = 1
 
 _LISTS = {
-    "torch": (torch, """abs add amax amin bmm cat chunk clamp concat cos cumsum div exp flatten float16 floor_divide index_select
-        log log_softmax matmul mean mul narrow neg permute pow relu reshape rsqrt sigmoid sin softmax split sqrt square
-        squeeze stack sub sum tanh transpose unsqueeze"""),
+    "torch": (torch, """abs add amax amin bmm cat chunk clamp concat cos cumsum div exp flatten float16 floor_divide
+        index_select log log_softmax matmul mean mul narrow neg permute pow relu reshape rsqrt sigmoid sin softmax split
+        sqrt square squeeze stack sub sum tanh transpose unsqueeze"""),
     "functional": (F, """adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
         adaptive_max_pool2d adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d celu elu gelu hardsigmoid hardswish
         hardtanh interpolate layer_norm leaky_relu linear log_softmax logsigmoid max_pool1d max_pool2d max_pool3d mish
@@ -49,8 +49,8 @@ FUNCTIONS = {
 FUNCTIONS["getattr"] = getattr
 READABLE_ATTRIBUTES = {"shape", "dtype", "device", "ndim"}
 METHODS = set("""abs add amax amin chunk clamp clone contiguous detach div dim exp expand expand_as flatten float
-    index_select matmul mean mul narrow neg permute pow relu repeat reshape sigmoid size softmax split sqrt square squeeze
-    sub sum t tanh transpose type_as unflatten unsqueeze view view_as""".split())
+    index_select matmul mean mul narrow neg permute pow relu repeat reshape sigmoid size softmax split sqrt square
+    squeeze sub sum t tanh transpose type_as unflatten unsqueeze view view_as""".split())  # fmt: skip
 MODULES: dict[str, type[nn.Module]] = {
     name: getattr(nn, name)
     for name in """Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Linear BatchNorm1d BatchNorm2d
@@ -137,7 +137,8 @@ def load(path: str | os.PathLike[str]) -> fx.GraphModule:
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
     except Exception as error:  # a description that fits the checksum but makes no sense
-        raise ModelFileError(f"{path}: the graph's description is not valid ({type(error).__name__}: {error})") from error
+        what = f"{type(error).__name__}: {error}"
+        raise ModelFileError(f"{path}: the graph's description is not valid ({what})") from error
 
 
 # ---- writing
@@ -245,7 +246,8 @@ def _config(name: str, module: nn.Module) -> dict[str, Any]:
     """The constructor arguments that make an equal module; tensors come from the file's tensors."""
     cls = type(module)
     if MODULES.get(cls.__name__) is not cls and OWN_MODULES.get(cls.__name__) is not cls:
-        raise MfpError(f"cannot save: layer '{name}' is a {cls.__module__}.{cls.__name__}, which mfp.load could not build")
+        kind = f"{cls.__module__}.{cls.__name__}"
+        raise MfpError(f"cannot save: layer '{name}' is a {kind}, which mfp.load could not build")
     config = {}
     keys = list(inspect.signature(cls.__init__).parameters)
     if cls is own.ServingConv2d:
@@ -388,7 +390,7 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
         return [_decode(part, nodes) for part in value]
     if not isinstance(value, dict):
         return value
-    (kind, content), = value.items()
+    ((kind, content),) = value.items()
     if kind == "node":
         return nodes[content]
     if kind == "tuple":

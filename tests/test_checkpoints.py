@@ -126,9 +126,7 @@ def test_pieces_of_two_checkpoints_are_refused(tmp_path):
 
 def test_a_later_format_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
-    path.write_bytes(
-        to_safetensors({}, {"mfp": json.dumps({"format": 9, "step": 1, "digest": "", "state": 1})})
-    )
+    path.write_bytes(to_safetensors({}, {"mfp": json.dumps({"format": 9, "step": 1, "digest": "", "state": 1})}))
     with pytest.raises(CheckpointError, match="has format 9, this mfp reads 1"):
         load_checkpoint(path)
     path.write_bytes(to_safetensors({"a": torch.zeros(2)}))

@@ -1,17 +1,15 @@
-"""Random graphs: branches, adds, cats, groups, shuffles, shared modules, random dead filters and BatchNorm constants."""
+"""Random graphs: branches, adds, cats, groups, shuffles, shared modules, random dead filters and constants."""
 
 import copy
 
-import pytest
 import torch
 import torch.nn.functional as F
-from compact_cases import difference, randomize
+from compact_cases import randomize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import mfp
-from mfp.compact.normalize import ShapeRecorder
 
 torch.set_num_threads(1)
 WIDTHS = (4, 6, 8, 12)
@@ -118,8 +116,10 @@ class Graphs:
 
     def activation(self, source: int) -> None:
         channels, height, width = self.shapes[source]
-        options = [nn.ReLU(), nn.ReLU(inplace=True), nn.Sigmoid(), nn.Hardswish(), nn.MaxPool2d(3, 1, 1), nn.Dropout(),
-                   nn.PReLU(channels), nn.GroupNorm(1, channels), nn.AvgPool2d(3, 1, 1), nn.BatchNorm2d(channels)]  # fmt: skip
+        options = [
+            nn.ReLU(), nn.ReLU(inplace=True), nn.Sigmoid(), nn.Hardswish(), nn.MaxPool2d(3, 1, 1), nn.Dropout(),
+            nn.PReLU(channels), nn.GroupNorm(1, channels), nn.AvgPool2d(3, 1, 1), nn.BatchNorm2d(channels),
+        ]  # fmt: skip
         if min(height, width) > 1:  # one pixel has no statistics
             options.append(nn.InstanceNorm2d(channels, affine=True))
         module = self.pick(options)
@@ -185,8 +185,11 @@ class Graphs:
             if self.shapes[source][0] > 40 or len(self.steps) == 0:
                 self.conv(source)
             else:
-                self.pick([self.conv, self.conv, self.conv, self.depthwise, self.transposed, self.activation,
-                           self.activation, self.again, self.join, self.join, self.join, self.cat, self.move, self.move])(source)  # fmt: skip
+                steps = [
+                    self.conv, self.conv, self.conv, self.depthwise, self.transposed, self.activation, self.activation,
+                    self.again, self.join, self.join, self.join, self.cat, self.move, self.move,
+                ]  # fmt: skip
+                self.pick(steps)(source)
         return RandomNetwork(self.steps, self.layers, self.pick([1, 1, 2, 3]))
 
 

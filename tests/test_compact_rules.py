@@ -133,7 +133,10 @@ def test_shuffle_moves_nothing():
             return self.second(x.view(b, 2, c // 2, h, w).transpose(1, 2).contiguous().view(b, -1, h, w))
 
     small = compacted(Shuffle(), 3, 5, 5)
-    assert [node.target for node in small.graph.nodes if node.op not in ("placeholder", "output")] == ["first", "second"]
+    assert [node.target for node in small.graph.nodes if node.op not in ("placeholder", "output")] == [
+        "first",
+        "second",
+    ]
 
 
 def test_option_a_shortcut_is_understood():

@@ -95,9 +95,7 @@ def write_cifar10(root, monkeypatch, per_file=6):
             "labels": [i % 10 for i in range(per_file)],
         }
 
-    monkeypatch.setattr(
-        CIFAR10, "train_list", [[name, write(name, batch())] for name, _ in CIFAR10.train_list]
-    )
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, write(name, batch())] for name, _ in CIFAR10.train_list])
     monkeypatch.setattr(CIFAR10, "test_list", [[name, write(name, batch())] for name, _ in CIFAR10.test_list])
     digest = write("batches.meta", {"label_names": list("abcdefghij")})
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": digest})
@@ -111,9 +109,9 @@ def test_cifar10_from_its_own_format(tmp_path, monkeypatch):
     image, target = data.test[0, 4]
     assert target == 4
     stored = pickle.loads((folder / "test_batch").read_bytes())["data"][4].reshape(3, 32, 32) / 255
-    expected = (
-        torch.from_numpy(stored).float() - torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
-    ) / torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
+    expected = (torch.from_numpy(stored).float() - torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)) / torch.tensor(
+        [0.2470, 0.2435, 0.2616]
+    ).view(3, 1, 1)
     torch.testing.assert_close(image, expected)
     assert data.train[0, 0][0].shape == (3, 32, 32)
 

@@ -205,7 +205,9 @@ HOSTILE = {
     "modules are no dict": lambda d, t: d.update(modules=[1]),
     "report that is none": lambda d, t: d.update(report={"layers": [], "danger": 1}),
     "description that is a list": lambda d, t: d.clear(),
-    "join of a wrong kind": lambda d, t: d["modules"].update({"conv1": {"class": "ResidualJoin", "config": {}, "training": 0}}),
+    "join of a wrong kind": lambda d, t: d["modules"].update(
+        {"conv1": {"class": "ResidualJoin", "config": {}, "training": 0}}
+    ),
 }  # fmt: skip
 
 
@@ -275,6 +277,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     mfp.save(small, path)
     old = path.read_bytes()
     for call in ("fsync", "replace", "chmod"):
+
         def fail(*args, call=call):
             raise OSError(28, f"no space left for {call}")
 

@@ -97,9 +97,7 @@ def test_another_number_of_classes_keeps_all_but_the_classifier(tmp_path):
 
 
 def test_weights_of_another_network():
-    with pytest.raises(
-        MfpError, match="w.pt is of another network: .* entries differ, first layer1.9; conv1.weight"
-    ):
+    with pytest.raises(MfpError, match="w.pt is of another network: .* entries differ, first layer1.9; conv1.weight"):
         load_state(
             CifarResNet(8, width=8),
             CifarResNet(8, width=4).state_dict() | {"layer1.9": torch.zeros(1)},

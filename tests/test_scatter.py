@@ -6,7 +6,16 @@ import torch
 from mfp import ops
 
 CL = torch.channels_last
-SHAPES = [(1, 1, 1, 1), (2, 15, 3, 5), (2, 16, 4, 4), (1, 17, 7, 1), (3, 31, 2, 3), (2, 33, 5, 5), (2, 64, 1, 1), (0, 8, 2, 2)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 15, 3, 5),
+    (2, 16, 4, 4),
+    (1, 17, 7, 1),
+    (3, 31, 2, 3),
+    (2, 33, 5, 5),
+    (2, 64, 1, 1),
+    (0, 8, 2, 2),
+]
 
 
 def sample(shape, kept, dtype, layout, generator):

@@ -92,7 +92,7 @@ def restore_modes(small: fx.GraphModule, modes: dict[str, bool]) -> None:
 
 
 def check(small: fx.GraphModule, arguments: dict[str, Any], expected: Any, model: nn.Module) -> float:
-    """Runs the compact network on the example; a real difference is a mistake of this package, never passed on."""
+    """The largest difference of the outputs on the example, relative to the largest; other shapes are an error."""
     with eval_mode(small), torch.no_grad():
         actual = small(*arguments.values())
     worst = 0.0

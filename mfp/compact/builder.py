@@ -54,7 +54,9 @@ class Builder:
         """The value at its original width, for readers that are not understood (and for the network's outputs)."""
         piece = self.pieces[node]
         if isinstance(piece, list):
-            parts = [self._full_piece(p, c, node, reader) for p, c in zip(piece, self.network.channels[node], strict=True)]
+            parts = [
+                self._full_piece(p, c, node, reader) for p, c in zip(piece, self.network.channels[node], strict=True)
+            ]
             return tuple(parts)
         if not isinstance(piece, Piece):
             return piece
@@ -105,6 +107,7 @@ class Builder:
 
     def value(self, argument: Any) -> Any:
         """An argument of an original node for the new graph, tensors in whatever channel set they have."""
+
         def convert(node: fx.Node) -> Any:
             piece = self.pieces[node]
             return piece.node if isinstance(piece, Piece) else piece
@@ -117,9 +120,9 @@ class Builder:
             name = self.keep_module(node.target, as_is=node in self.network.opaque)
             return self.create(node, name, args, kwargs)
         values = [*args, *kwargs.values()]
-        if node.op == "call_function" and getattr(operator, node.target.__name__, None) is node.target:
-            if all(isinstance(v, int | float | bool) for v in values):
-                return node.target(*args, **kwargs)
+        plain = all(isinstance(v, int | float | bool) for v in values)
+        if plain and node.op == "call_function" and getattr(operator, node.target.__name__, None) is node.target:
+            return node.target(*args, **kwargs)
         if node.op == "get_attr":
             self.keep_attribute(node.target)
         return self.create(node, node.target, args, kwargs)

@@ -27,7 +27,11 @@ def conv_norm_pairs(small: fx.GraphModule) -> list[tuple[fx.Node, nn.Module, fx.
         conv = modules[source.target]
         inner = conv.conv if isinstance(conv, ConvWithBorder) else conv
         foldable = isinstance(inner, nn.Linear) or hasattr(inner, "transposed")
-        if foldable and calls[source.target] == calls[node.target] == 1 and modules[node.target].running_mean is not None:
+        if (
+            foldable
+            and calls[source.target] == calls[node.target] == 1
+            and modules[node.target].running_mean is not None
+        ):
             pairs.append((source, conv, node, modules[node.target]))
     return pairs
 

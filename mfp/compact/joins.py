@@ -139,12 +139,10 @@ class Join(Rule):
         present = sets[branch]
         landing = torch.isin(present, stream.ids[stream.ids >= 0]) & torch.isin(present, wanted)
         const = net.channels_at(branch, dim).const
-        other = net.channels_at(residual, dim).const
         added = torch.isin(stream.ids, present[landing])
         lost = torch.where(stream.ids >= 0, const[stream.ids.clamp(min=0)], 0.0)
         ids = torch.where(added | ~lost.isnan(), stream.ids, -1)
         bias = torch.where(added | lost.isnan(), 0.0, lost)
-        del other
         return Piece(self.write(build, node, branch, stream.node, present, landing, stream.ids, bias, dim), ids)
 
     @staticmethod
@@ -152,7 +150,11 @@ class Join(Rule):
         dtype = node.meta["dtype"]
         constants = bias.to(dtype) if bias.any() else None
         if not landing.any():
-            return stream if constants is None else build.call(f"{node.name}_bias", AddConstants(constants, dim), (stream,))
+            return (
+                stream
+                if constants is None
+                else build.call(f"{node.name}_bias", AddConstants(constants, dim), (stream,))
+            )
         order = {int(channel): i for i, channel in enumerate(target.tolist()) if channel >= 0}
         channels = present[landing]
         source = build.pieces[branch].node

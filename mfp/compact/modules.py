@@ -122,7 +122,14 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
-# activations that oneDNN computes while a conv's result is still in registers: (its name, its numbers, torch's function)
+# Convs with packed weights are internals of torch: where they are missing, its public conv runs.
+ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
+    and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+)
+
+# Activations that oneDNN computes while a conv's result is in registers: (its name, its numbers, torch's function).
 ACTIVATIONS = {
     "none": ("none", [], lambda x: x),
     "relu": ("relu", [], F.relu),
@@ -160,7 +167,7 @@ class ServingConv2d(nn.Conv2d):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         plain = self.padding_mode == "zeros" and not isinstance(self.padding, str) and x.dim() == 4 and x.numel() > 0
-        return plain and x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and torch.backends.mkldnn.enabled
+        return ONEDNN and plain and x.is_cpu and x.dtype == self.weight.dtype == torch.float32
 
     def packed_weight(self, x: Tensor) -> Tensor:
         weight = self.weight

@@ -273,7 +273,7 @@ class ChannelPermute(Move):
 
 
 class Pad(Move):
-    """F.pad and padding modules. New channels are constants; a padded border is part of a channel's constant or ends it."""
+    """F.pad and padding modules: new channels are constants; a border keeps a channel's constant or ends it."""
 
     def map(self, net: Network, node: fx.Node, known: Channels) -> tuple[int, Tensor, float] | None:
         amounts, mode, value = pad_arguments(net, node)

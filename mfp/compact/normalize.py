@@ -170,7 +170,7 @@ def _shuffle_of(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, 
     shapes = [part.meta.get("shape") for part in (source, split, swap, node)]
     if any(shape is None for shape in shapes):
         return None
-    before, wide, swapped, after = shapes
+    before, wide, _, after = shapes
     if before != after or len(wide) != len(before) + 1 or len(before) < 2:
         return None
     groups, width = wide[1], wide[2]

@@ -146,6 +146,7 @@ class PerChannel(Rule):
         piece = build.pieces[source]
         if not torch.isin(kept.nonzero().flatten(), ids).all():  # a constant that is none afterwards
             piece = build.align(source, kept.nonzero().flatten(), net.known(source).dim)
+
         # fx.map_arg on everything but the data input: sizes and the like
         def convert(other: fx.Node) -> Any:
             return piece.node if other is source else build.full(other, node)

@@ -133,7 +133,10 @@ def reuse_memory(small: fx.GraphModule) -> None:
     for node in list(small.graph.nodes):
         module = modules.get(node.target) if node.op == "call_module" else None
         if isinstance(module, FusedJoin):
-            if not is_free_after(node, node.args[0], small.graph, modules) and len(module.index) == node.meta["shape"][1]:
+            if (
+                not is_free_after(node, node.args[0], small.graph, modules)
+                and len(module.index) == node.meta["shape"][1]
+            ):
                 node.args = node.args[::-1]  # a sum of two whole tensors: either may be overwritten
             module.inplace = is_free_after(node, node.args[0], small.graph, modules)
         elif type(module) in RECTIFIERS and is_free_after(node, node.args[0], small.graph, modules):

@@ -57,16 +57,12 @@ def find_opaque_modules(net: Network) -> None:
     for calls in net.calls.values():
         module = net.module(calls[0])
         reason = None
-        if module._forward_hooks or (module._forward_pre_hooks and not _only_recomputes_weight(module)):
+        if module._forward_hooks or module._forward_pre_hooks:
             reason = "has forward hooks"
         elif any(len(owners[id(p)]) > 1 or id(p) in read_directly for p in module.parameters(recurse=False)):
             reason = "shares a parameter with another part of the network"
         if reason:
             net.opaque.update(dict.fromkeys(calls, reason))
-
-
-def _only_recomputes_weight(module: nn.Module) -> bool:
-    return False
 
 
 def write(net: Network) -> Builder:
@@ -86,9 +82,9 @@ def tidy(piece: object, known: object) -> object:
     """A piece that still has all channels in order says so with ids=None."""
     if isinstance(piece, list):
         return [tidy(part, channels) for part, channels in zip(piece, known, strict=True)]
-    if isinstance(piece, Piece) and piece.ids is not None and isinstance(known, Channels):
-        if torch.equal(piece.ids, torch.arange(len(known))):
-            return Piece(piece.node)
+    cut = isinstance(piece, Piece) and piece.ids is not None and isinstance(known, Channels)
+    if cut and torch.equal(piece.ids, torch.arange(len(known))):
+        return Piece(piece.node)
     return piece
 
 
