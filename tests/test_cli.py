@@ -189,6 +189,24 @@ def test_nothing_pruned_is_an_error(command, tmp_path):
     assert "prunes no filter of any of the 2 layers" in err
 
 
+def test_a_target_instead_of_a_rate(command, tmp_path):
+    directory = tmp_path / "run"
+    arguments = ("prune", *TINY, "--no-dense", "--target-parameters", "70%", "--output", directory)
+    code, out, err = command(*arguments, "--epochs", 1)
+    assert code == 0, err
+    found = RunConfig.from_json((directory / "config.json").read_text()).rate
+    assert f"for the target: rate {found:g}: " in out + err
+    assert "asked for 70.0%" in out + err
+    result = json.loads((directory / "result.json").read_text())
+    assert result["compact"]["parameters"] <= 0.7 * result["dense"]["parameters"]
+    code, out, err = command(*arguments, "--epochs", 1, "--resume")  # takes the stored rate, and is at the end
+    assert code == 0, err
+    code, _, err = command("prune", *TINY, "--target-flops", "0.001%", "--output", tmp_path / "other")
+    assert code == 2
+    assert "cannot be reached" in err
+    assert not (tmp_path / "other").exists()
+
+
 def test_ctrl_c_leaves_a_run_that_can_be_resumed(tmp_path):
     directory = tmp_path / "run"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}

@@ -16,7 +16,10 @@ MODES = ("soft", "hard", "asymptotic", "cubic")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
 # These may change when a run is resumed: they do not change what it computes on a CPU.
-FREE = ("download", "workers", "device", "timeout", "checkpoint_every", "tensorboard", "compile", "dense")
+FREE = (
+    "download", "workers", "device", "timeout", "checkpoint_every", "tensorboard", "compile", "dense",
+    "target_flops", "target_parameters", "target_latency",  # the rate that they led to is part of the run
+)  # fmt: skip
 
 
 def _option(default: Any, text: str) -> Any:
@@ -43,6 +46,9 @@ class RunConfig:
     download: bool = _option(False, "allow fetching data or pretrained weights that are not here")
 
     rate: float = _option(0.4, "share of the filters of every layer to prune")
+    target_flops: str | None = _option(None, "find the rate: FLOPs that may remain, as 50% or a number")
+    target_parameters: str | None = _option(None, "find the rate: parameters that may remain, as 50% or a number")
+    target_latency: str | None = _option(None, "find the rate: time that may remain, measured here, as 60% or in ms")
     criteria: tuple[str, ...] = _option(PAPER_CRITERIA, "candidate criteria, separated by commas")
     attribute: str = _option("loss", "what the chosen criterion must keep: weight_energy, sparsity, loss, ...")
     mode: str = _option("soft", f"one of {', '.join(MODES)}")
@@ -106,6 +112,12 @@ class RunConfig:
     def _check(self, name: str, good: bool, wanted: str) -> None:
         if not good:
             raise MfpError(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(self, name)}")
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """What was asked for instead of a rate, as arguments of ``mfp.find_rate``."""
+        names = ("target_flops", "target_parameters", "target_latency")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def choosing_epochs(self) -> int:

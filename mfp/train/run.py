@@ -46,10 +46,15 @@ def run(
     world = join(config.device, config.timeout)
     directory = Path(directory)
     reporter = reporter or Reporter(quiet=not world.first)
+    stored = directory / "config.json"
+    if config.targets and resume and stored.exists():
+        config = dataclasses.replace(config, rate=RunConfig.from_json(stored.read_text(), str(stored)).rate)
     check_directory(config, directory, resume)
     data = load_data(config.data, config.seed, download=config.download)
     # all that can be wrong with the settings is found before anything is trained or written
     model = make_network(config, data, world)
+    if config.targets and not stored.exists():
+        config = dataclasses.replace(config, rate=find_rate(config, model, data, world, reporter))
     pruner = make_pruner(config, model, data, world)
     pruned = Trainer(config, data, model, directory / "pruned", pruner, world, reporter)
     dense = make_network(config, data, world)
@@ -90,6 +95,18 @@ def make_network(config: RunConfig, data: ImageData, world: World) -> nn.Module:
     if config.compile:
         model.compile()
     return model
+
+
+def find_rate(config: RunConfig, model: nn.Module, data: ImageData, world: World, reporter: Reporter) -> float:
+    """The rate that reaches the target; rank 0 decides, since times differ from rank to rank."""
+    found = mfp.find_rate(
+        model, data.example().to(world.device), skip=config.skip, layer_rates=config.layer_rates or None,
+        channel_multiple=config.channel_multiple, coupled=config.coupled, **config.targets,
+    )  # fmt: skip
+    reporter.say(f"for the target: {found}")
+    rate = torch.tensor([found.rate], dtype=torch.float64, device=world.device)
+    world.broadcast_([rate])
+    return float(rate)
 
 
 def make_pruner(config: RunConfig, model: nn.Module, data: ImageData, world: World) -> mfp.FilterPruner:
