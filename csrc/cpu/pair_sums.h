@@ -21,10 +21,10 @@ namespace MFP_ISA {
 
 constexpr int kPanel = 2 * kLanes;  // columns that the register tile covers
 constexpr int kVectors = kTileColumns / kLanes;
-// Rows of the register tile. 32 registers hold 2 * 6 * 2 sums; 16 hold 2 * 2 * 2, for with a third row the compiler
-// spills. One sum per pair leaves room for more.
+// Rows of the register tile, with two sums per pair and with one: as many as the registers hold, so that an addition's
+// latency is hidden. AVX-512 has 32 registers. The others have 16; SSE2 needs some of them to spread a weight.
 constexpr int kRowsBoth = kLanes == 16 ? 6 : 2;
-constexpr int kRowsOne = kLanes == 16 ? 8 : 4;
+constexpr int kRowsOne = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 4;
 
 // x^p for x >= 0, relative error 1e-6 as long as |p log2 x| < 32; below 2^-126 it is 0.
 inline Vec power(Vec x, float p) {
@@ -82,7 +82,8 @@ inline Wide widen(const float* p) {
 }
 
 Norms norms(const Layer& layer, int64_t filter) {
-  constexpr int kChains = 4;  // independent sums, so that the memory is waited for and not the additions
+  constexpr int kChains = 4;       // independent sums, so that the memory is waited for and not the additions
+  constexpr int64_t kAhead = 512;  // weights; the next filters lie there, and reading past the last is harmless
   alignas(64) float buffer[kBlock];
   Wide magnitudes[kChains] = {}, squares[kChains] = {};
   Norms result = {};
@@ -91,6 +92,7 @@ Norms norms(const Layer& layer, int64_t filter) {
     const float* w = read(layer, filter, begin, count, buffer);
     int64_t k = 0;
     for (; k + kChains * kWide <= count; k += kChains * kWide) {
+      __builtin_prefetch(w + k + kAhead);
 #pragma GCC unroll 4
       for (int i = 0; i < kChains; ++i) {
         const Wide v = widen(w + k + i * kWide);
@@ -159,22 +161,25 @@ Scratch& scratch() {
   return *memory;
 }
 
-// Rows of kLanes x kLanes become columns.
+// Rows of kLanes x kLanes become columns: blocks of kStep trade places across the diagonal, kStep = 1, 2, 4, ... The
+// step is a template argument so that the compiler sees constant shuffles and takes its best instructions for them.
+template <int kStep = 1>
 inline void transpose(Vec (&v)[kLanes]) {
-#pragma GCC unroll 8
-  for (int step = 1; step < kLanes; step *= 2) {
+  if constexpr (kStep < kLanes) {
     IntVec low, high;
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
-      low[i] = (i & step) ? (i - step) + kLanes : i;
-      high[i] = (i & step) ? i + kLanes : i + step;
+      low[i] = (i & kStep) ? (i - kStep) + kLanes : i;
+      high[i] = (i & kStep) ? i + kLanes : i + kStep;
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
-      if (i & step) continue;
-      const Vec a = v[i], b = v[i + step];
+      if (i & kStep) continue;
+      const Vec a = v[i], b = v[i + kStep];
       v[i] = __builtin_shuffle(a, b, low);
-      v[i + step] = __builtin_shuffle(a, b, high);
+      v[i + kStep] = __builtin_shuffle(a, b, high);
     }
+    transpose<2 * kStep>(v);
   }
 }
 

@@ -163,25 +163,31 @@ class Jobs:
         """SGD with momentum on all parameters, masked and with an empty mask, against torch's fused SGD without one."""
         plan = mfp.FilterPlan.from_model(self.model, self.rate)  # as it is trained: without the shortcuts
         mask = mfp.select_filters(mfp.score_filters(plan, ("l2_norm",)))
-        empty = mfp.FilterMask(plan, torch.ones_like(mask.keep))
-        parameters = list(self.model.parameters())
-        generator = torch.Generator().manual_seed(1)
-        for parameter in parameters:
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        plain = torch.optim.SGD(parameters, fused=True, **SGD)
+        plain = torch.optim.SGD(_with_gradients(self.model), fused=True, **SGD)
+        plain.step()  # momentum is made here
         jobs = []
-        for title, chosen in ((f"SGD step, rate {self.rate:g} masked", mask), ("SGD step, empty mask", empty)):
-            ours = optim.MaskedSGD(parameters, mask=chosen, **SGD)
-            ours.step()  # its momentum is made here, and the mask applied
-            plain.step()
+        for title, keep in ((f"SGD step, rate {self.rate:g} masked", mask.keep),
+                            ("SGD step, empty mask", torch.ones_like(mask.keep))):  # fmt: skip
+            model = copy.deepcopy(self.model)  # of its own: the other's steps would wake the pruned filters
+            chosen = mfp.FilterMask(mfp.FilterPlan(model, plan.layers), keep)
+            ours = optim.MaskedSGD(_with_gradients(model), mask=chosen, **SGD)
+            ours.step()
             contestants = [
                 Contestant("mfp.optim.MaskedSGD", ours.step, _check_step(ours, chosen)),
                 Contestant("torch.optim.SGD(fused=True), no mask", plain.step, _check_step(plain, None)),
             ]
-            skipped = sum(int((~chosen.keep[o : o + n]).sum()) * p.numel() // n for p, o, n in chosen.parameters())
+            parameters = ours.param_groups[0]["params"]
+            skipped = sum(int((~keep[o : o + n]).sum()) * p.numel() // n for p, o, n in chosen.parameters())
             nbytes = 5 * 4 * (sum(p.numel() for p in parameters) - skipped)  # read 3, write 2
             jobs.append(Job(title, contestants, nbytes=nbytes, limit=lambda limits, n=nbytes: n / limits.copy))
         return jobs
+
+
+def _with_gradients(model: nn.Module) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return list(model.parameters())
 
 
 def _check_step(optimizer: torch.optim.Optimizer, mask: mfp.FilterMask | None) -> Callable[[object], None]:

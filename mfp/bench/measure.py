@@ -44,7 +44,7 @@ def best_times(contestants: Sequence[Contestant], seconds: float) -> dict[str, f
     """The shortest time of each contestant, all of them checked first.
 
     They take turns for about ``seconds``, so that a busy moment of the machine hits all alike; short ones run several
-    times a turn. Whoever needs more than a quarter of ``seconds`` runs once: the checked run is then the timed one.
+    times a turn. Whoever needs more than ``seconds`` runs once: the checked run is then the timed one.
     """
     best = {}
     for contestant in contestants:
@@ -52,7 +52,7 @@ def best_times(contestants: Sequence[Contestant], seconds: float) -> dict[str, f
         best[contestant.name], result = timed(contestant.run)
         contestant.check(result)
     end = time.perf_counter() + seconds
-    quick = [c for c in contestants if best[c.name] < seconds / 4]
+    quick = [c for c in contestants if best[c.name] < seconds]
     while quick and time.perf_counter() < end:
         for contestant in quick:
             for _ in range(int(min(20, max(1, 0.02 / best[contestant.name])))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -46,10 +47,12 @@ def measure(arch: str, rate: float, batch: int, console: Console) -> dict[str, A
     with console.status("pruning point, optimiser steps ..."):
         times["pruning"] = seconds(lambda: pruner.step(0))
         mask = mfp.select_filters(mfp.score_filters(plan, ("l2_distance",)))
-        parameters = list(model.parameters())
+        other = copy.deepcopy(model)  # of its own: plain steps would wake the pruned filters
+        for copied, parameter in zip(other.parameters(), model.parameters(), strict=True):
+            copied.grad = parameter.grad.clone()
         steps = {
-            "plain": torch.optim.SGD(parameters, fused=True, **SGD),
-            "masked": optim.MaskedSGD(parameters, mask=mask, **SGD),
+            "plain": torch.optim.SGD(other.parameters(), fused=True, **SGD),
+            "masked": optim.MaskedSGD(model.parameters(), mask=mask, **SGD),
         }
         contestants = [Contestant(name, optimizer.step, lambda _: None) for name, optimizer in steps.items()]
         times |= best_times(contestants, SECONDS)

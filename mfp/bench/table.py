@@ -15,7 +15,7 @@ from mfp.bench.oracle import FILTERS_PER_LAYER
 from mfp.bench.peers import LOOPS
 from mfp.criteria import PAPER_CRITERIA
 
-SECONDS_PER_JOB = 2.0
+SECONDS_PER_JOB = 1.25
 
 
 def measure(arch: str, rate: float, console: Console) -> dict[str, Any]:
