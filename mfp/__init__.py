@@ -7,7 +7,7 @@ filters for good at the end.
 
 from mfp import backend, ops, optim
 from mfp.attributes import recalibrate_batchnorm
-from mfp.compact import CompactReport, compact, flops
+from mfp.compact import CompactReport, compact, compact_optimizer, flops
 from mfp.criteria import PAPER_CRITERIA
 from mfp.errors import MfpError
 from mfp.files import load, save
@@ -32,6 +32,7 @@ __all__ = [
     "RateForTarget",
     "backend",
     "compact",
+    "compact_optimizer",
     "find_rate",
     "flops",
     "load",

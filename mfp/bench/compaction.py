@@ -51,7 +51,7 @@ def _measure_network(arch: str, rate: float, batch: int) -> list[dict[str, Any]]
             raise mfp.MfpError(f"{arch}: the compact network's outputs differ by {difference:.1e}; not timed")
         networks[str(multiple)], saved[str(multiple)] = small, small.report.flops_saved
     with torch.inference_mode():
-        times = milliseconds_per_image(networks, images, seconds=max(1.0, 0.3 * math.sqrt(batch)))
+        times = milliseconds_per_image(networks, images, seconds=max(1.5, math.sqrt(batch)))
     rows = []
     for multiple in map(str, MULTIPLES):
         time_saved = 1 - times[multiple] / times["dense"]

@@ -14,14 +14,16 @@ from mfp.compact.contraction import Contraction
 from mfp.compact.count import count_parameters, flops
 from mfp.compact.fold import absorb_constants, fold_batchnorm
 from mfp.compact.normalize import ShapeRecorder, normalize
+from mfp.compact.optimizer import Origin, compact_optimizer
 from mfp.compact.report import CompactReport, LayerChange
 from mfp.compact.serve import prepare_for_serving
 from mfp.compact.shrink import analyse, write
 from mfp.compact.table import rule_for
 from mfp.errors import MfpError
 from mfp.graph import eval_mode, example_arguments, trace
+from mfp.plan import unwrap
 
-__all__ = ["CompactReport", "compact", "count_parameters", "flops"]
+__all__ = ["CompactReport", "compact", "compact_optimizer", "count_parameters", "flops"]
 
 
 def compact(
@@ -47,6 +49,7 @@ def compact(
         leaf_modules: names or classes of submodules to leave as one opaque piece each.
     Raises MfpError when the model cannot be traced or run on the example.
     """
+    model = unwrap(model)
     arguments = example_arguments(model, example_input)
     traced = trace(model, arguments, leaf_modules)
     modes = {name: module.training for name, module in model.named_modules()}
@@ -58,8 +61,20 @@ def compact(
     small = finish(build, type(model).__name__, arguments if fold_bn else None)
     restore_modes(small, modes)
     difference = check(small, arguments, expected, model)
+    if not fold_bn:  # folded parameters mix several
+        small.origins = origins(model, small, build)
     small.report = make_report(model, small, net, build, example_input, difference)
     return small
+
+
+def origins(model: nn.Module, small: fx.GraphModule, build: Builder) -> dict[str, Origin]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for name, parameter in small.named_parameters():
+        if parameter in build.origins:
+            old, left = build.origins[parameter]
+            found[name] = Origin(names[id(old)], left)
+    return found
 
 
 def record_shapes(traced: fx.GraphModule, arguments: dict[str, Any]) -> Any:

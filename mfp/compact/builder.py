@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +34,7 @@ class Builder:
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.pieces: dict[fx.Node, Any] = {}  # Piece, list of Pieces, or a plain Python value
-        self.origin: dict[str, tuple[Tensor | None, Tensor | None, int, int]] = {}
-        self.sources: dict[str, nn.Parameter] = {}
+        self.origins: dict[nn.Parameter, tuple[nn.Parameter, Callable[[Tensor], Tensor]]] = {}  # of new parameters
         self.shared: dict[int, Any] = {}  # by id of the original module: how it was cut
         self.kept: dict[int, str] = {}  # by id of the original module: the name of its copy
         self.expanded: dict[fx.Node, list[str]] = {}  # reader: what was widened for it
@@ -157,6 +157,12 @@ class Builder:
             parent = parent._modules[part]
         return parent
 
+    def derive(self, old: nn.Parameter, left: Callable[[Tensor], Tensor]) -> nn.Parameter:
+        """A parameter with what is ``left`` of an old one; the same can be done later to tensors of its shape."""
+        new = nn.Parameter(left(old.detach()), old.requires_grad)
+        self.origins[new] = old, left
+        return new
+
     def keep_module(self, target: str, as_is: bool) -> str:
         """Copies a module of the original network as it is, once; the name it has now."""
         original = self.network.modules[target]
@@ -165,9 +171,9 @@ class Builder:
             for part in module.modules():
                 if getattr(part, "inplace", False) is True and not as_is:
                     part.inplace = False
-            name = self.kept[id(original)] = self.add(target, module)
-            for key, parameter in original.named_parameters():
-                self.sources[f"{name}.{key}"] = parameter
+            self.kept[id(original)] = self.add(target, module)
+            for new, old in zip(module.parameters(), original.parameters(), strict=True):
+                self.origins[new] = old, torch.clone
         return self.kept[id(original)]
 
     def keep_attribute(self, target: str) -> None:
@@ -177,8 +183,7 @@ class Builder:
         if hasattr(parent, last):
             return
         if isinstance(value, nn.Parameter):
-            parent.register_parameter(last, nn.Parameter(value.detach().clone(), value.requires_grad))
-            self.sources[target] = value
+            parent.register_parameter(last, self.derive(value, torch.clone))
         elif isinstance(value, Tensor):
             parent.register_buffer(last, value.detach().clone())
         else:

@@ -101,3 +101,11 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 def inputs_of(node: fx.Node) -> Iterator[fx.Node]:
     yield from node.all_input_nodes
+
+
+def take_rows(vector: Tensor, rows: Tensor, missing: float = 0.0) -> Tensor:
+    """vector[rows]; -1 gives ``missing``."""
+    rows = rows.to(vector.device)
+    taken = vector[rows.clamp(min=0)]
+    taken[rows < 0] = missing
+    return taken

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from mfp.compact.builder import Builder, Piece
-from mfp.compact.channels import Channels, Network, input_node
+from mfp.compact.channels import Channels, Network, input_node, take_rows
 from mfp.compact.modules import ConvWithBorder
 from mfp.compact.rules import Rule
 
@@ -46,6 +47,14 @@ def take(rows_of: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     missing = (rows[:, None] < 0) | (columns < 0)
     taken[missing] = 0
     return taken
+
+
+def cut_weight(weight: Tensor, cut: Cut, old_groups: int, transposed: bool) -> Tensor:
+    """What is left of a contraction's weight, or of anything of its shape."""
+    rows = take(to_rows(weight, old_groups, transposed), cut.rows, cut.columns)
+    left = from_rows(rows, cut.groups, transposed)
+    is_last = weight.dim() == 4 and not weight.is_contiguous()
+    return left.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
 
 
 def varies_at_border(module: nn.Module) -> bool:
@@ -176,9 +185,8 @@ class Contraction(Rule):
         const = net.channels_at(input_node(node), dim).const.nan_to_num()
         const[cut.layout[cut.layout >= 0]] = 0  # still there
         old_groups, transposed = groups_of(module), is_transposed(module)
+        new = rebuild(module, cut, build)
         rows_of = to_rows(module.weight.detach(), old_groups, transposed)
-        new = rebuild(module, cut, take(rows_of, cut.rows, cut.columns))
-        self.note_origin(build, node.target, module, cut)
         lost = lost_kernels(rows_of, const, cut.rows, old_groups)  # [out', kernel...] in float64
         if not lost.any():
             return new
@@ -192,15 +200,6 @@ class Contraction(Rule):
         else:
             new.bias.data = (new.bias.data.double() + bias).to(new.bias.dtype)
         return new
-
-    @staticmethod
-    def note_origin(build: Builder, name: str, module: nn.Module, cut: Cut) -> None:
-        build.sources[f"{name}.weight"] = module.weight
-        transposed = 1 if is_transposed(module) else 0
-        build.origin[f"{name}.weight"] = (cut.rows, cut.columns, cut.groups, transposed * groups_of(module))
-        if module.bias is not None:
-            build.sources[f"{name}.bias"] = module.bias
-            build.origin[f"{name}.bias"] = (cut.rows, None, 1, 0)
 
 
 def module_inputs(module: nn.Module) -> int:
@@ -250,26 +249,20 @@ def lost_kernels(rows_of: Tensor, const: Tensor, rows: Tensor, groups: int) -> T
     return lost
 
 
-def rebuild(module: nn.Module, cut: Cut, rows: Tensor) -> nn.Module:
+def rebuild(module: nn.Module, cut: Cut, build: Builder) -> nn.Module:
     """A module of the same class and settings around a smaller weight."""
-    groups = cut.groups
+    inputs, outputs, transposed = len(cut.layout), len(cut.rows), is_transposed(module)
     with torch.device("meta"):
         if isinstance(module, nn.Linear):
-            new: nn.Module = nn.Linear(rows.shape[1], rows.shape[0], bias=module.bias is not None)
+            new: nn.Module = nn.Linear(inputs, outputs, bias=module.bias is not None)
         else:
             extra = {"output_padding": module.output_padding} if module.transposed else {}
             new = type(module)(
-                rows.shape[1] * groups, rows.shape[0], module.kernel_size, module.stride, module.padding,
-                dilation=module.dilation, groups=groups, bias=module.bias is not None,
-                padding_mode=module.padding_mode, **extra,
+                inputs, outputs, module.kernel_size, module.stride, module.padding, dilation=module.dilation,
+                groups=cut.groups, bias=module.bias is not None, padding_mode=module.padding_mode, **extra,
             )  # fmt: skip
-    weight = from_rows(rows, groups, is_transposed(module))
-    if module.weight.dim() == 4 and not module.weight.is_contiguous():
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    new.weight = nn.Parameter(weight, module.weight.requires_grad)
+    left = partial(cut_weight, cut=cut, old_groups=groups_of(module), transposed=transposed)
+    new.weight = build.derive(module.weight, left)
     if module.bias is not None:
-        on_device = cut.rows.to(module.bias.device)
-        bias = module.bias.detach()[on_device.clamp(min=0)]
-        bias[on_device < 0] = 0
-        new.bias = nn.Parameter(bias, module.bias.requires_grad)
+        new.bias = build.derive(module.bias, partial(take_rows, rows=cut.rows))
     return new.train(module.training)

@@ -171,7 +171,7 @@ class ServingConv2d(nn.Conv2d):
 
     def packed_weight(self, x: Tensor) -> Tensor:
         weight = self.weight
-        state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.shape)
+        state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.shape, x.shape)
         if self._packed is None or self._packed[0] != state:
             packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
                 weight.detach().to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, x.shape

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from mfp.compact.builder import Builder, Piece
-from mfp.compact.channels import Channels, Network, all_live, argument, input_node, inputs_of
+from mfp.compact.channels import Channels, Network, all_live, argument, input_node, inputs_of, take_rows
 
 
 class Rule:
@@ -220,12 +221,12 @@ class Attribute(Rule):
             return super().shrink(build, node)
         ids = net.kept(node).nonzero().flatten()
         new = build.emit(node, (), {})
-        parameter = build.root.get_submodule(node.target.rpartition(".")[0])
-        last = node.target.rpartition(".")[2]
-        value = getattr(parameter, last)
-        value.data = value.data.index_select(known.dim, ids.to(value.device))
-        if node.target in build.sources:
-            build.origin[node.target] = (ids, None, 1, 0) if known.dim == 0 else (None, ids, 1, 0)
+        path, _, last = node.target.rpartition(".")
+        value = getattr(build.root.get_submodule(path), last)
+        left = partial(torch.index_select, dim=known.dim, index=ids.to(value.device))
+        value.data = left(value.data)
+        if value in build.origins:
+            build.origins[value] = build.origins[value][0], left
         return Piece(new, ids)
 
 
@@ -271,12 +272,12 @@ class BatchNorm(Rule):
             return Piece(build.emit(node, (piece.node,), {}), None)
         if id(module) not in build.shared:
             rows = ids if len(calls) == 1 else common if len(common) else torch.zeros(1, dtype=torch.long)
-            build.shared[id(module)] = build.add(node.target, slice_norm(build, node.target, module, rows))
+            build.shared[id(module)] = build.add(node.target, slice_norm(build, module, rows))
         name = build.shared[id(module)]
         return Piece(build.graph.create_node("call_module", name, (piece.node,), {}, node.name), ids)
 
 
-def slice_norm(build: Builder, name: str, module: nn.Module, rows: Tensor) -> nn.Module:
+def slice_norm(build: Builder, module: nn.Module, rows: Tensor) -> nn.Module:
     """The same norm for the channels ``rows`` only; slots of -1 scale by zero."""
     new = copy.deepcopy(module)
     for attribute in ("num_features", "num_parameters"):
@@ -285,15 +286,11 @@ def slice_norm(build: Builder, name: str, module: nn.Module, rows: Tensor) -> nn
     for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         if tensor.dim() != 1:
             continue
-        rows_here = rows.to(tensor.device)
-        taken = tensor.detach()[rows_here.clamp(min=0)]
-        taken[rows_here < 0] = 1.0 if key == "running_var" else 0.0
+        left = partial(take_rows, rows=rows, missing=1.0 if key == "running_var" else 0.0)
         if isinstance(tensor, nn.Parameter):
-            setattr(new, key, nn.Parameter(taken, tensor.requires_grad))
-            build.sources[f"{name}.{key}"] = tensor
-            build.origin[f"{name}.{key}"] = (rows, None, 1, 0)
+            setattr(new, key, build.derive(tensor, left))
         else:
-            new._buffers[key] = taken
+            new._buffers[key] = left(tensor)
     return new
 
 
