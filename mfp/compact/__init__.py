@@ -26,6 +26,9 @@ from mfp.plan import unwrap
 __all__ = ["CompactReport", "compact", "compact_optimizer", "count_parameters", "flops"]
 
 
+SERVING_MULTIPLE = 8  # floats of an AVX2 vector, half floats of a tensor core's tile
+
+
 def compact(
     model: nn.Module,
     example_input: Any,
@@ -45,7 +48,8 @@ def compact(
         model: a network some of whose filters are zero (a masked one).
         example_input: a tensor, a tuple of positional arguments or a dict of named ones, on the model's device.
             It fixes shapes, not sizes: the result takes any batch size, and any image size the model takes.
-        fold_bn: the serving form: BatchNorm folded into the convs before it, channels_last weights, fused joins.
+        fold_bn: the serving form: BatchNorm folded into the convs before it, channels_last weights, fused joins,
+            numbers of filters filled up to a multiple of 8 with zeroed ones, which takes less time than odd numbers.
         leaf_modules: names or classes of submodules to leave as one opaque piece each.
     Raises MfpError when the model cannot be traced or run on the example.
     """
@@ -57,7 +61,7 @@ def compact(
         expected = record_shapes(traced, arguments)
         opaque = normalize(traced)
         net = analyse(traced.graph, dict(traced.named_modules()), opaque)
-        build = write(net)
+        build = write(net, SERVING_MULTIPLE if fold_bn else 1)
     small = finish(build, type(model).__name__, arguments if fold_bn else None)
     restore_modes(small, modes)
     difference = check(small, arguments, expected, model)

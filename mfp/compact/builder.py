@@ -29,8 +29,9 @@ class Piece:
 class Builder:
     """Holds the graph being written; rules ask it for their inputs in the channel set that they want."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, multiple: int) -> None:
         self.network = network
+        self.multiple = multiple  # channel counts that the processor likes; see pad
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.pieces: dict[fx.Node, Any] = {}  # Piece, list of Pieces, or a plain Python value
@@ -102,6 +103,13 @@ class Builder:
             fill.to(node.meta["dtype"]) if fill.any() else None, in_order,
         )  # fmt: skip
         return Piece(self.call(f"{node.name}_expand", module, (piece.node,)), ids)
+
+    def pad(self, kept: Tensor, live: Tensor) -> Tensor:
+        """bool [channels]: the kept ones, and constant ones that fill up their number to a multiple."""
+        missing = -int(kept.sum()) % self.multiple
+        kept = kept.clone()
+        kept[(~kept & ~live).nonzero().flatten()[:missing]] = True
+        return kept
 
     # ---- writing nodes
 

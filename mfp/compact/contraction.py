@@ -171,6 +171,8 @@ class Contraction(Rule):
             at_hand = torch.isin(torch.arange(module_inputs(module)), present)
             constant = first.nan_to_num() != 0
             return grouped_cut(*(mask.view(groups, -1) for mask in (kept, wanted, constant, at_hand)))
+        if len(calls) == 1 and not isinstance(module, nn.Linear):
+            kept = build.pad(kept, net.channels[node].live)
         layout = wanted.nonzero().flatten()
         enough = torch.isin(layout, present).all()
         if len(calls) == 1 and enough and len(layout) > 0.9 * len(present):

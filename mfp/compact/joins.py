@@ -125,7 +125,8 @@ class Join(Rule):
 
     def join(self, build: Builder, node: fx.Node, kept: Tensor) -> Piece:
         """residual + branch at the branch's channels; the wider operand is the residual, widened where it must be."""
-        net, dim = build.network, build.network.known(node).dim
+        net, known = build.network, build.network.known(node)
+        dim = known.dim
         wanted = kept.nonzero().flatten() if kept.any() else torch.zeros(1, dtype=torch.long)
         residual, branch = self.operands(node)
         sets = {operand: self.ids(build, operand, dim) for operand in (residual, branch)}
@@ -135,9 +136,12 @@ class Join(Rule):
             residual, branch = branch, residual
         stream = Piece(build.pieces[residual].node, sets[residual])
         if not holds[residual]:
-            stream = build.align(residual, wanted, dim)
+            wide = kept.clone()
+            for ids in sets.values():  # what is there anyway need not be picked out
+                wide[ids[ids >= 0]] = True
+            stream = build.align(residual, build.pad(wide, known.live).nonzero().flatten(), dim)
         present = sets[branch]
-        landing = torch.isin(present, stream.ids[stream.ids >= 0]) & torch.isin(present, wanted)
+        landing = torch.isin(present, stream.ids[stream.ids >= 0])
         const = net.channels_at(branch, dim).const
         added = torch.isin(stream.ids, present[landing])
         lost = torch.where(stream.ids >= 0, const[stream.ids.clamp(min=0)], 0.0)

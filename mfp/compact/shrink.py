@@ -65,9 +65,9 @@ def find_opaque_modules(net: Network) -> None:
             net.opaque.update(dict.fromkeys(calls, reason))
 
 
-def write(net: Network) -> Builder:
-    """The compact graph, written node by node in the original order."""
-    build = Builder(net)
+def write(net: Network, multiple: int) -> Builder:
+    """The compact graph, written node by node in the original order, with channel counts filled up to a multiple."""
+    build = Builder(net, multiple)
     for node in net.graph.nodes:
         if node.op == "output":
             result = fx.map_arg(node.args[0], lambda source, reader=node: build.full(source, reader))
