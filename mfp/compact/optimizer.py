@@ -35,10 +35,11 @@ def compact_optimizer(optimizer: Optimizer, model: nn.Module, small: fx.GraphMod
     >>> small = mfp.compact(model, torch.zeros(1, 3, 224, 224))
     >>> optimizer = mfp.compact_optimizer(optimizer, model, small)
 
-    Momentum and other state of a weight's shape is cut as the weight was, that of zeroed filters is zero; parameter groups keep their settings, and
-    parameters that were not optimised still are not. Parameters that the compact network has anew, for the constants
-    of removed channels, join the first group without state. A ``mfp.optim`` optimiser has no mask any more. Learning
-    rate schedulers belong to the old optimiser: make a new one, with ``last_epoch`` to continue.
+    Momentum and other state of a weight's shape is cut as the weight was, and is zero where the weight is; parameter
+    groups keep their settings, and parameters that were not optimised still are not. Parameters that the compact
+    network has anew, for the constants of removed channels, join the first group without state. A ``mfp.optim``
+    optimiser has no mask any more. Learning rate schedulers belong to the old optimiser: make a new one, with
+    ``last_epoch`` to continue.
 
     Args:
         optimizer: any ``torch.optim`` optimiser, or one of ``mfp.optim``, of ``model``'s parameters; left as it is.
