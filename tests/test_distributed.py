@@ -177,6 +177,36 @@ def test_a_decision_that_differs_is_named(tmp_path, data):
         assert "RanksDiffer: the pruning decision of epoch 1: differs from rank 0 on rank 2." in message
 
 
+def trainer_at_a_tie(directory: Path, data, world: World, drifted: bool):
+    """Two filters of conv2 are equal and only one of them is pruned: one unit in the last place decides which."""
+    trainer = tiny_trainer(directory, tiny_config(criteria=("l2_norm",)), data, world=world)
+    weight = trainer.model.conv2.weight.detach()
+    order = weight.flatten(1).norm(dim=1).argsort().tolist()
+    pruned = trainer.pruner.plan["conv2"].num_pruned
+    first, second = sorted(order[pruned - 1 : pruned + 1])
+    weight[second] = weight[first]
+    if drifted:
+        weight[first] = torch.nextafter(weight[first], weight[first] * 2)
+    return trainer
+
+
+@pytest.mark.parametrize("weights_are_compared", [True, False])
+def test_a_choice_that_one_ulp_would_flip_stops_all_ranks(tmp_path, data, weights_are_compared):
+    alone = [trainer_at_a_tie(tmp_path, data, World(), drifted).pruner.step(0).digest for drifted in (False, True)]
+    assert alone[0] != alone[1]  # it does flip
+
+    def drifts(world: World) -> None:
+        trainer = trainer_at_a_tie(tmp_path, data, world, drifted=world.rank == 1)
+        if not weights_are_compared:
+            trainer._require_equal_weights = lambda: None
+        trainer._prune()
+
+    what = "the weights after" if weights_are_compared else "the pruning decision of"
+    for code, message, _ in run_ranks(tmp_path / "m", 2, drifts):
+        assert code == 1
+        assert message.startswith(f"RanksDiffer: {what} epoch 1: differs from rank 0 on rank 1.")
+
+
 def inject(trainer, phase: str, at: int, fault: Callable[[], None]) -> None:
     """Makes a phase of the loop fail when it is reached at step `at` or later."""
 

@@ -251,6 +251,12 @@ class Trainer:
         self._save(must=self.epoch == self.config.epochs)
 
     def _prune(self) -> dict[str, Any]:
+        """Prunes if the schedule says so; the ranks do it alike, or the run stops before anything is saved.
+
+        Each rank takes the decision itself, from the same weights and from calibration losses that are summed over the
+        ranks. Then the digests of (criterion, mask) are compared. Nothing is broadcast: a decision that passes the
+        comparison is rank 0's bit for bit, and a broadcast one could not show that a rank would have chosen another.
+        """
         if self.pruner is None:
             return {}
         # before the decision: ranks that differ could otherwise try different neighbours, and wait for each other
