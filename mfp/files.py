@@ -14,7 +14,6 @@ import math
 import operator
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
+from mfp.atomic import write_atomically
 from mfp.compact import modules as own
 from mfp.compact.report import CompactReport, LayerChange
 from mfp.errors import MfpError
@@ -85,7 +85,7 @@ def save(small: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     >>> mfp.save(small, "small.mfp")
 
     The file is written under another name, flushed to the disk and then renamed: a crash leaves the old file or the new
-    one, never a part. Raises MfpError for what cannot be described (the layer is named).
+    one, never a part. Raises MfpError for what cannot be described (the layer is named) or written.
     """
     if not isinstance(small, fx.GraphModule):
         raise MfpError(f"mfp.save writes the result of mfp.compact, not a {type(small).__name__}")
@@ -105,7 +105,7 @@ def save(small: fx.GraphModule, path: str | os.PathLike[str]) -> None:
         description["report"] = dataclasses.asdict(report)
     text = json.dumps(description, allow_nan=False)
     metadata = {"format": "mfp", "graph": text, "digest": _digest(text, tensors)}
-    _replace_file(Path(path), to_bytes(tensors, metadata))
+    write_atomically(Path(path), to_bytes(tensors, metadata))
 
 
 def load(path: str | os.PathLike[str]) -> fx.GraphModule:
@@ -167,31 +167,6 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
         if tensor.numel():
             digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _replace_file(path: Path, contents: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _describe_node(node: fx.Node) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from mfp.atomic import write_atomically
 from mfp.errors import MfpError
 
 # Okabe and Ito's palette, which colour-blind people can tell apart
@@ -44,12 +45,7 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     run = Path(run)
     output = Path(output) if output else run / "report.html"
     page = _page(_Run(run))
-    try:
-        from mfp.train.checkpoints import write_atomically
-
-        write_atomically(output, page.encode())
-    except OSError as error:
-        raise MfpError(f"cannot write {output}: {error.strerror}") from error
+    write_atomically(output, page.encode())
     return output
 
 

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save as to_safetensors
 
+from mfp import atomic
+from mfp.atomic import WriteError
 from mfp.train import checkpoints
 from mfp.train.checkpoints import (
     CheckpointError,
@@ -137,7 +138,7 @@ def test_a_later_format_and_foreign_files_are_refused(tmp_path):
 
 
 class Faults:
-    """Stands in for `os` inside the module: the N-th file operation fails, once or from then on."""
+    """Stands in for `os` inside the modules: the N-th file operation fails, once or from then on."""
 
     names = ("open", "write", "fsync", "close", "replace", "unlink")
 
@@ -177,11 +178,12 @@ def test_any_file_operation_may_fail(tmp_path, monkeypatch, before, kind, persis
             save_checkpoint(directory, step, example_state(step))
         faults = Faults(at, kind, persistent)
         with monkeypatch.context() as patch:
+            patch.setattr(atomic, "os", faults)
             patch.setattr(checkpoints, "os", faults)
             try:
                 save_checkpoint(directory, 4, example_state(4))
                 message = ""
-            except CheckpointError as error:
+            except WriteError as error:
                 message = str(error)
         saved = not message
         failures += not saved
@@ -225,7 +227,9 @@ def test_power_loss_at_any_moment(tmp_path, monkeypatch):
 
             return operation
 
-    monkeypatch.setattr(checkpoints, "os", Recorder())
+    recorder = Recorder()
+    monkeypatch.setattr(atomic, "os", recorder)
+    monkeypatch.setattr(checkpoints, "os", recorder)
     ends = {}
     for step in (1, 2, 3):
         save_checkpoint(tmp_path / "run", step, example_state(step))
@@ -268,7 +272,7 @@ def test_a_real_limit_of_the_file_size(tmp_path):
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-        with pytest.raises(CheckpointError, match=r"cannot write .* \(\d[\d,]+ bytes\): File too large"):
+        with pytest.raises(WriteError, match=r"cannot write .* \(\d[\d,]+ bytes\): File too large"):
             save_checkpoint(tmp_path, 2, {"big": torch.zeros(5000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -276,33 +280,30 @@ def test_a_real_limit_of_the_file_size(tmp_path):
     assert newest_step(tmp_path) == 1
 
 
-SAVE_FOR_EVER = """
-import itertools, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from test_checkpoints import example_state
-from mfp.train.checkpoints import save_checkpoint
-for step in itertools.count(int(sys.argv[3])):
-    save_checkpoint(Path(sys.argv[1]), step, example_state(step))
-    print(step, flush=True)
-"""
-
-
 def test_killed_while_saving(tmp_path):
     rng = random.Random(0)
-    last = 0
-    for _ in range(6):
-        child = subprocess.Popen(
-            [sys.executable, "-c", SAVE_FOR_EVER, tmp_path, Path(__file__).parent, str(last + 1)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(5):
-            last = int(child.stdout.readline())
+    last = in_write = 0
+    for _ in range(200):
+        left_behind = set(tmp_path.glob("*.tmp"))
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                for step in itertools.count(last + 1):
+                    save_checkpoint(tmp_path, step, example_state(step))
+                    os.write(writer, step.to_bytes(4, "little"))
+            finally:
+                os._exit(1)
+        os.close(writer)
         time.sleep(rng.uniform(0, 0.02))
-        child.send_signal(signal.SIGKILL)
-        rest = child.stdout.read().split()
-        child.wait()
-        last = int(rest[-1]) if rest else last
-        assert newest_step(tmp_path) in (last, last + 1)
-        last = newest_step(tmp_path)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with open(reader, "rb") as pipe:
+            said = pipe.read()
+        last = int.from_bytes(said[-4:], "little") if said else last
+        in_write += bool(set(tmp_path.glob("*.tmp")) - left_behind)
+        if last:
+            assert newest_step(tmp_path) in (last, last + 1)
+            last = newest_step(tmp_path)
+    assert last > 10
+    assert in_write > 0

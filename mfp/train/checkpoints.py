@@ -22,6 +22,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from mfp.atomic import write_atomically
 from mfp.errors import MfpError
 
 FORMAT = 1
@@ -29,7 +30,7 @@ KEPT = 2
 
 
 class CheckpointError(MfpError):
-    """A checkpoint that could not be written, or that cannot be used."""
+    """A checkpoint that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any]) -> Path:
     PosixPath('run/step-00000007.safetensors')
 
     Raises:
-        CheckpointError: the file could not be written; earlier checkpoints are as they were.
+        WriteError: the file could not be written; earlier checkpoints are as they were.
     """
     plain, tensors = pack(state)
     content = {"format": FORMAT, "step": step, "state": plain}
@@ -104,46 +105,6 @@ def load_newest(directory: Path, say: Callable[[str], None] = print) -> Checkpoi
 def checkpoint_files(directory: Path) -> list[Path]:
     """The checkpoints of a directory, oldest first."""
     return sorted(directory.glob("step-*.safetensors"))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that its name means the old content or the new at every moment, even of a power cut.
-
-    Raises:
-        CheckpointError: it could not be written; what had the name before still has it.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(temporary, data)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise CheckpointError(
-            f"cannot write {path} ({len(data):,} bytes): {error.strerror or error}; nothing older was touched"
-        ) from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        rest = memoryview(data)
-        while rest:  # a write may take only a part
-            rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync(directory: Path) -> None:
-    """Makes a rename durable: the entry is in the directory, which is a file of its own."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _rotate(directory: Path, step: int) -> None:

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import mfp
+from mfp.atomic import WriteError, write_atomically
 from mfp.errors import MfpError
 from mfp.optim import MaskedSGD
-from mfp.train.checkpoints import CheckpointError, digest_of, load_newest, save_checkpoint, write_atomically
+from mfp.train.checkpoints import digest_of, load_newest, save_checkpoint
 from mfp.train.config import RunConfig
 from mfp.train.data import EpochBatches, ImageData, derive_seed, make_loader
 from mfp.train.distributed import World
@@ -326,7 +327,7 @@ class Trainer:
     def _write(self, name: str, data: bytes) -> None:
         try:
             write_atomically(self.directory / name, data)
-        except CheckpointError as error:
+        except WriteError as error:
             self.reporter.say(f"warning: {error}; training goes on")
 
     # ---- checkpoints
@@ -394,7 +395,7 @@ class Trainer:
             return None
         try:
             return save_checkpoint(self.directory, self.step, self.state())
-        except CheckpointError as error:
+        except WriteError as error:
             if must:
                 raise
             self.reporter.say(f"warning: {error}; training goes on")

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import mfp
+from mfp.atomic import write_atomically
 from mfp.errors import MfpError
-from mfp.train.checkpoints import digest_of, write_atomically
+from mfp.train.checkpoints import digest_of
 from mfp.train.config import RunConfig
 from mfp.train.data import ImageData, derive_seed, epoch_order, load_data
 from mfp.train.distributed import World, join, leave
