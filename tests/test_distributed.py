@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -34,8 +35,18 @@ def data():
     return tiny_data()
 
 
-def run_ranks(directory: Path, size: int, body: Callable[[World], object], seconds: float = 60, timeout: float = 20):
-    """Runs `body` in `size` processes joined by gloo: (exit code or minus the signal, message, result) of each."""
+def run_ranks(
+    directory: Path,
+    size: int,
+    body: Callable[[World], object],
+    seconds: float = 60,
+    timeout: float = 20,
+    disturb: Callable[[list[int]], None] = lambda children: None,
+):
+    """Runs `body` in `size` processes joined by gloo: (exit code or minus the signal, message, result) of each.
+
+    The processes are forked, so that they need not import torch again. `disturb` gets their ids when all have started.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -58,6 +69,7 @@ def run_ranks(directory: Path, size: int, body: Callable[[World], object], secon
                     message.write(f"{type(error).__name__}: {error}")
             os._exit(code)
         children.append(child)
+    disturb(children)
     ends = [_wait(child, time.monotonic() + seconds) for child in children]
     outcomes = []
     for rank, end in enumerate(ends):
@@ -145,6 +157,50 @@ def test_cut_at_every_step_and_resumed_on_two_ranks(tmp_path, data):
         assert code == 0, message
         assert len(digests) == 9
         assert len(set(digests)) == 1
+
+
+@pytest.mark.parametrize(("size", "kills"), [(1, 50), (2, 20)])
+def test_killed_again_and_again(tmp_path, data, size, kills):
+    """SIGKILL at random moments from the first to the last of a run: the end is that of one that was never stopped.
+
+    Each run is killed and resumed until it gets to its end; then another begins, until there were enough kills. Of two
+    ranks one or both are killed. Every third kill waits for a checkpoint that is being written, and hits all.
+    """
+    settings = {"checkpoint_every": 1, "epochs": 12}
+    start = time.monotonic()
+    undisturbed = run_ranks(tmp_path / "m", size, lambda world: train(tmp_path / "whole", data, world, **settings))
+    seconds = time.monotonic() - start
+    assert [code for code, _, _ in undisturbed] == [0] * size
+    rng, killed, runs, in_write = random.Random(size), 0, 0, 0
+
+    def being_written() -> set[Path]:
+        return set(directory.glob("step-*.tmp")) - left_behind
+
+    def kill(children: list[int]) -> None:
+        if killed < kills:
+            moment, waits = time.monotonic() + rng.uniform(0, seconds / 3), killed % 3 == 0
+            while time.monotonic() < moment and not (waits and being_written()):
+                time.sleep(0.0005)
+            for child in children if waits else rng.choice([children, *([child] for child in children)]):
+                os.kill(child, signal.SIGKILL)
+
+    while True:
+        directory = tmp_path / f"run{runs}"
+        left_behind = set(directory.glob("step-*.tmp"))
+        outcomes = run_ranks(
+            tmp_path / "m", size, lambda world, d=directory: train(d, data, world, **settings), timeout=10, disturb=kill
+        )
+        if all(code == 0 for code, _, _ in outcomes):
+            assert outcomes == undisturbed
+            runs += 1
+            if killed == kills:
+                break
+        else:
+            assert -signal.SIGKILL in [code for code, _, _ in outcomes], outcomes
+            assert None not in [code for code, _, _ in outcomes], outcomes
+            killed += 1
+            in_write += bool(being_written())
+    assert in_write > 0
 
 
 def test_ranks_that_drift_apart_are_stopped(tmp_path, data):
