@@ -77,7 +77,7 @@ def tiny_trainer(
     return Trainer(config, data, model, directory, pruner, world, Reporter(quiet=True))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
     """Bits depend on the number of threads, and forked processes must not need threads that they do not have."""
     before = torch.get_num_threads()

@@ -175,7 +175,8 @@ class Contraction(Rule):
             kept = build.pad(kept, net.channels[node].live)
         layout = wanted.nonzero().flatten()
         enough = torch.isin(layout, present).all()
-        if len(calls) == 1 and enough and len(layout) > 0.9 * len(present):
+        few = len(layout) > 0.9 * len(present) or len(layout) + build.multiple > len(present)
+        if len(calls) == 1 and enough and few:
             layout = present  # a few columns of zeros are cheaper than a copy of the input
         elif not len(layout):
             layout = present[:1]

@@ -102,7 +102,8 @@ class FusedJoin(nn.Module):
         if self.bias is not None:
             residual = residual + per_channel(self.bias, 1, residual.dim())
         if not fits_op(residual):
-            out = residual.index_add(1, self.index, branch)
+            whole = len(self.index) == residual.shape[1]  # torch's ONNX export loses an index_add to all channels
+            out = residual + branch if whole else residual.index_add(1, self.index, branch)
             return out.relu() if self.relu else out
         out = residual if self.inplace or self.bias is not None else residual.clone()
         ops.scatter_add_(out, branch, self.index, self.relu)

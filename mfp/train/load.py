@@ -84,4 +84,5 @@ def write_onnx(network: nn.Module, example: Tensor, path: Path) -> None:
     except ImportError as error:
         raise MfpError("--onnx needs the extra: pip install 'mfp[onnx]'") from error
     batch = torch.export.Dim("batch")
-    torch.onnx.export(network.eval(), (example,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    two = torch.cat([example[:1]] * 2)  # torch.export takes a size of 1 for a constant
+    torch.onnx.export(network.eval(), (two,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
