@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import mfp
 from mfp import cli
@@ -100,6 +101,23 @@ def test_compact_a_checkpoint(finished, command, tmp_path):
     small, ours = mfp.load(tmp_path / "s.mfp"), mfp.load(directory / "compact.mfp")
     assert [p.shape for p in small.parameters()] == [p.shape for p in ours.parameters()]
     assert f"{(tmp_path / 's.mfp').stat().st_size:,} bytes" in out
+    assert str(small.report) in out and "milliseconds per image" in out
+
+
+def test_compact_writes_onnx(finished, command, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    directory, _ = finished
+    arguments = ("--output", tmp_path / "s.mfp", "--onnx", tmp_path / "s.onnx", "--fold-bn")
+    code, _, err = command("compact", directory, *arguments, "--model", "train_helpers:TinyNet")
+    assert code == 0, err
+    small = mfp.load(tmp_path / "s.mfp").eval()
+    session = runtime.InferenceSession(tmp_path / "s.onnx", providers=["CPUExecutionProvider"])
+    entry = session.get_inputs()[0]
+    images = torch.randn(3, *entry.shape[1:])
+    with torch.no_grad():
+        expected = small(images)
+    actual = torch.from_numpy(session.run(None, {entry.name: images.numpy()})[0])
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_file_never_causes_an_import(finished, command):
