@@ -263,3 +263,20 @@ def test_tensorboard_gets_what_the_table_has(tmp_path, data):
     assert {"train_loss", "top1", "lr", "churn", "neighbour_l2_norm", "attribute_before", "filters_kept/conv1"} <= tags
     assert [event.value for event in events.Scalars("top1")] == pytest.approx([row["top1"] for row in trainer.history])
     assert [event.value for event in events.Scalars("filters_kept/conv1")] == [5, 5]
+
+
+def test_a_compiled_run_is_the_plain_one(tmp_path, data):
+    """The hook of mfp/sleep.py wakes pruned filters when the network is compiled, too (today's torch runs it outside)."""
+    runs = []
+    for compiled in (False, True):
+        trainer = tiny_trainer(tmp_path / str(compiled), tiny_config(epochs=4), data)
+        trainer.model.dropout.p = 0.0  # compiled code draws other random numbers
+        if compiled:
+            trainer.model.compile(backend="aot_eager")  # all of torch.compile but the C++ compiler, which takes 20 s
+        trainer.fit()
+        assert trainer.pruner.state_dict()["asleep"]  # there was something to wake in each epoch
+        runs.append(trainer)
+    plain, compiled = ([decision.digest for decision in trainer.pruner.decisions] for trainer in runs)
+    assert plain == compiled
+    assert len(set(plain)) > 1
+    torch.testing.assert_close(runs[1].model.state_dict(), runs[0].model.state_dict(), rtol=1e-4, atol=1e-5)
