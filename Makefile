@@ -5,13 +5,20 @@ BIN := $(VENV)/bin
 TORCH := torch==2.14.1 torchvision==0.29.1
 BUILD_TOOLS := numpy ninja pybind11 wheel "setuptools>=77,<82"
 
-.PHONY: demo test gpu lint wheel-test sanitize clean
+.PHONY: demo test browser gpu lint wheel-test sanitize clean
 
 demo: $(VENV)/installed  ## train ResNet-20 on handwritten digits, prune, compact, prove and show what was gained
 	$(BIN)/mfp prune
 
-test: $(VENV)/installed  ## everything that can be proved on this machine
-	$(BIN)/python -m pytest
+test: $(VENV)/installed browser  ## everything that can be proved on this machine; what is skipped, and why, is listed
+	$(BIN)/python -m pytest -rs
+
+# For the test that looks at the page of `mfp report`. Only root can install packages, and only some systems have apt.
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name && exit; done; \
+	test "$$(id -u)" = 0 && export DEBIAN_FRONTEND=noninteractive && apt-get -qq update && \
+	apt-get -qq -y install --no-install-recommends chromium >/dev/null || \
+	echo "no browser here, and none could be installed: tests/test_report.py will skip the test that needs one"
 
 gpu:  ## on a machine with a GPU: build, test and measure with the python and torch that are there (benchmarks/gpu.py)
 	$(PYTHON) benchmarks/gpu.py

@@ -97,7 +97,7 @@ def test_what_is_no_run_is_said(tmp_path):
         write_report(tmp_path)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser on this machine: install chromium (`make browser` as root)")
 def test_in_a_browser(finished, tmp_path):
     page = write_report(finished[0], tmp_path / "page.html")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
