@@ -266,7 +266,7 @@ def test_tensorboard_gets_what_the_table_has(tmp_path, data):
 
 
 def test_a_compiled_run_is_the_plain_one(tmp_path, data):
-    """The hook of mfp/sleep.py wakes pruned filters when the network is compiled, too (today's torch runs it outside)."""
+    """The hook of mfp/sleep.py wakes pruned filters of a compiled network too (today's torch runs it uncompiled)."""
     runs = []
     for compiled in (False, True):
         trainer = tiny_trainer(tmp_path / str(compiled), tiny_config(epochs=4), data)
