@@ -224,13 +224,13 @@ def networks(draw):
     return model
 
 
-def compare(model, small, x) -> None:
+def compare(model, small, x, tolerance=1e-9) -> None:
     with torch.no_grad():
         expected, actual = model(x.clone()), small(x.clone())
     flat = [expected["last"], expected["pooled"], *expected["more"]]
     for a, b in zip(flat, [actual["last"], actual["pooled"], *actual["more"]], strict=True):
         assert a.shape == b.shape
-        assert (a - b).abs().max() <= 1e-9 * max(a.abs().max(), 1.0)
+        assert (a - b).abs().max() <= tolerance * max(a.abs().max(), 1.0)
 
 
 SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
@@ -242,3 +242,17 @@ def test_compact_equals_masked_on_random_graphs(model):
     small = mfp.compact(model, torch.randn(1, 3, 7, 7, dtype=torch.float64))
     compare(model, small, torch.randn(2, 3, 7, 7, dtype=torch.float64))
     compare(model, small, torch.randn(1, 3, 9, 8, dtype=torch.float64))
+
+
+@settings(SETTINGS, max_examples=60)
+@given(networks())
+def test_serving_form_equals_masked_on_random_graphs(model):
+    """Filters filled up, BatchNorm folded, memory reused; in float32 the packed convs and the fused join run too."""
+    small = mfp.compact(model, torch.randn(1, 3, 7, 7, dtype=torch.float64), fold_bn=True)
+    compare(model, small, torch.randn(2, 3, 7, 7, dtype=torch.float64))
+    model = model.float()
+    small = mfp.compact(model, torch.randn(1, 3, 7, 7), fold_bn=True)
+    for size in ((2, 3, 7, 7), (1, 3, 9, 8)):
+        images = torch.randn(size)
+        compare(model, small, images, 1e-4)
+        compare(model, small, images.contiguous(memory_format=torch.channels_last), 1e-4)

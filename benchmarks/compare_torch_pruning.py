@@ -1,0 +1,94 @@
+"""mfp's compact networks against Torch-Pruning's: `python benchmarks/compare_torch_pruning.py [NAME ...]`.
+
+Both prune by FPGM importance, ours layer by layer and with coupled layers. Torch-Pruning is given the rate at which its
+network has the FLOPs of our coupled one; both leave filter counts in multiples of 8. All networks are then timed in the
+same serving form, mfp's (BatchNorm folded).
+"""
+
+import copy
+import sys
+from importlib.metadata import version
+
+import torch
+import torch_pruning as tp
+import torchvision
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import mfp
+from mfp.bench.measure import machine
+from mfp.train.evaluation import milliseconds_per_image
+
+NETWORKS = ("resnet18", "resnet50", "vgg16_bn", "mobilenet_v2", "densenet121", "regnet_y_400mf")
+RATE, MULTIPLE, BATCH = 0.4, 8, 8
+
+
+def ours(model: nn.Module, example: torch.Tensor, **plan) -> nn.Module:
+    masked = copy.deepcopy(model)
+    mfp.prune_filters_(mfp.FilterPlan.from_model(masked, RATE, channel_multiple=MULTIPLE, **plan), "l2_distance")
+    return mfp.compact(masked, example)
+
+
+def theirs(model: nn.Module, example: torch.Tensor, flops: int) -> nn.Module:
+    """The rate whose FLOPs come nearest, by bisection."""
+    low, high, best = 0.0, 0.9, model
+    for _ in range(7):
+        rate, pruned = (low + high) / 2, copy.deepcopy(model)
+        last = [m for m in pruned.modules() if isinstance(m, nn.Linear)][-1:]
+        tp.pruner.BasePruner(
+            pruned, example, importance=tp.importance.FPGMImportance(), pruning_ratio=rate, ignored_layers=last,
+            round_to=MULTIPLE,
+        ).step()  # fmt: skip
+        count = mfp.flops(pruned, example)
+        low, high = (rate, high) if count > flops else (low, rate)
+        if abs(count - flops) < abs(mfp.flops(best, example) - flops):
+            best = pruned
+    return best
+
+
+def compare(name: str) -> list[tuple]:
+    torch.manual_seed(0)
+    example = torch.randn(1, 3, 224, 224)
+    model = torchvision.models.get_model(name).eval()
+    networks = {
+        "dense": model,
+        "mfp": ours(model, example),
+        "mfp, coupled": ours(model, example, coupled=True, skip=()),
+    }
+    try:
+        networks["Torch-Pruning"] = theirs(model, example, mfp.flops(networks["mfp, coupled"], example))
+    except Exception as error:  # whatever it raises is the result
+        networks["Torch-Pruning"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    built = {who: network for who, network in networks.items() if isinstance(network, nn.Module)}
+    serving = {who: mfp.compact(network.eval(), example, fold_bn=True) for who, network in built.items()}
+    with torch.inference_mode():
+        times = milliseconds_per_image(serving, torch.randn(BATCH, 3, 224, 224), seconds=2.0)
+    rows = []
+    for who, network in networks.items():
+        if who not in built:
+            rows.append((name, who, "", "", "", network))
+            continue
+        share, time = mfp.flops(network, example) / mfp.flops(model, example), times[who] / times["dense"]
+        ratio = f"{(1 - time) / (1 - share):.2f}" if share < 1 else ""
+        rows.append((name, who, f"{share:.1%}", f"{BATCH * times[who]:.1f}", f"{time:.1%}", ratio))
+    return rows
+
+
+def main() -> None:
+    table = Table(title=f"rate {RATE}, batch {BATCH}, 224 x 224, filters in multiples of {MULTIPLE}")
+    for column in ("network", "by", "FLOPs", "ms", "time", "time saved / FLOPs saved"):
+        table.add_column(column)
+    for name in sys.argv[1:] or NETWORKS:
+        for row in compare(name):
+            table.add_row(*row)
+        table.add_section()
+    console = Console()
+    console.print(table)
+    console.print(
+        ", ".join(f"{key} {value}" for key, value in machine().items()), f"Torch-Pruning {version('torch-pruning')}"
+    )
+
+
+if __name__ == "__main__":
+    main()
