@@ -91,8 +91,23 @@ def join(device: str = "auto", timeout: float = 600.0) -> World:
         torch.cuda.set_device(chosen)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        limit = datetime.timedelta(seconds=timeout)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
+        store = dist.PrefixStore(f"attempt{_attempt()}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     return World(dist.get_rank(), size, chosen)
+
+
+def _attempt() -> str:
+    """Torchrun's count of restarts, which sets this start apart from those before it.
+
+    Torchrun keeps one store over all restarts. Without a prefix of their own, processes find the addresses there of
+    those that are gone, and cannot connect. Several nodes count their restarts each for itself, so there the number is
+    of no use: docs/training.md says what to set.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return "0"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def leave() -> None:
