@@ -59,6 +59,18 @@ def test_layouts_may_differ_and_nothing_outside_is_touched():
         assert (around[-16:] == 7).all()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CL])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_floats_are_summed_in_float32_and_rounded_once(layout, dtype):
+    generator = torch.Generator().manual_seed(0)
+    residual = torch.randn(2, 40, 5, 5, generator=generator).to(dtype).contiguous(memory_format=layout)
+    branch = torch.randn(2, 21, 5, 5, generator=generator).to(dtype).contiguous(memory_format=layout)
+    index = torch.randperm(40, generator=generator)[:21].sort().values
+    expected = residual.float().index_add(1, index, branch.float()).relu().to(dtype)
+    ops.scatter_add_(residual, branch, index, True, backend="cpu")
+    assert torch.equal(residual, expected)
+
+
 def test_not_a_number_stays():
     residual = torch.tensor([float("nan"), -1.0, 2.0]).view(1, 3, 1, 1).repeat(1, 6, 1, 1)
     ops.scatter_add_(residual, torch.zeros(1, 1, 1, 1), torch.tensor([4]), True)

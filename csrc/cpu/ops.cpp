@@ -7,21 +7,13 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/dtype.h"
 #include "cpu/score.h"
 #include "cpu/spread.h"
 #include "cpu/zero_rows.h"
 
 namespace mfp::cpu {
 namespace {
-
-DType dtype_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return DType::float32;
-    case at::kBFloat16: return DType::bfloat16;
-    case at::kHalf: return DType::float16;
-    default: TORCH_CHECK(false, "mfp: expected float32, bfloat16 or float16, got ", tensor.scalar_type());
-  }
-}
 
 std::vector<Layer> layers_of(at::TensorList weights) {
   std::vector<Layer> layers;

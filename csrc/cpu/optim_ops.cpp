@@ -8,6 +8,7 @@
 #include <cmath>
 #include <optional>
 
+#include "cpu/dtype.h"
 #include "cpu/optim.h"
 
 namespace mfp::cpu {
@@ -63,15 +64,6 @@ class Memory {
   std::vector<at::Tensor> copies_;
   std::vector<std::pair<at::Tensor, at::Tensor>> written_;
 };
-
-DType dtype_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return DType::float32;
-    case at::kBFloat16: return DType::bfloat16;
-    case at::kHalf: return DType::float16;
-    default: TORCH_CHECK(false, "mfp: expected float32, bfloat16 or float16 parameters, got ", tensor.scalar_type());
-  }
-}
 
 std::vector<Parameter> parameters_of(Memory& memory, at::TensorList params, at::TensorList grads, at::TensorList first,
                                      at::TensorList second, const std::optional<at::Tensor>& keep,

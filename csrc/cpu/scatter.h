@@ -4,13 +4,15 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
+#include "cpu/score.h"
 
 namespace mfp::cpu {
 
 // Channels innermost: one row of residual [channels] takes one row of branch [branch_channels].
 struct ScatterRows {
-  float* residual;
-  const float* branch;
+  void* residual;
+  const void* branch;
+  DType dtype;
   const int32_t* source;    // [channels rounded up to 16]: the branch's channel that lands here, or -1
   const uint16_t* landing;  // [channels / 16, rounded up]: the same as bits
   int64_t channels;
@@ -18,11 +20,20 @@ struct ScatterRows {
   bool relu;
 };
 
-// Rows begin to end.
-#define MFP_DECLARE(isa)                                                         \
-  namespace isa {                                                                \
-  void scatter_rows(const ScatterRows& work, int64_t begin, int64_t end);        \
-  void add_plane(float* residual, const float* branch, int64_t size, bool relu); \
+// Other layouts: one channel's plane of the residual takes one of the branch, or none.
+struct ScatterPlane {
+  void* residual;
+  const void* branch;  // or null
+  DType dtype;
+  int64_t size;
+  bool relu;
+};
+
+// scatter_rows: rows begin to end.
+#define MFP_DECLARE(isa)                                                  \
+  namespace isa {                                                         \
+  void scatter_rows(const ScatterRows& work, int64_t begin, int64_t end); \
+  void scatter_plane(const ScatterPlane& work);                           \
   }
 MFP_DECLARE(portable)
 MFP_DECLARE(avx2)

@@ -6,8 +6,8 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu/formats.h"
 #include "cpu/scatter.h"
-#include "cpu/vector.h"
 
 #if MFP_HAVE_ISA
 MFP_BEGIN_ISA
@@ -19,20 +19,19 @@ inline Vec rectified(Vec v, bool relu) { return relu ? (Vec{} > v ? Vec{} : v) :
 
 inline float rectified(float x, bool relu) { return relu && x < 0 ? 0.0f : x; }
 
-// Vec-sized pieces of a row for as long as they fit, then single numbers.
-inline void add_row(float* r, const float* b, int64_t size, bool relu) {
+template <class Format>
+void add_row(typename Format::Stored* r, const typename Format::Stored* b, int64_t size, bool relu) {
   int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) store(r + i, rectified(load(r + i) + load(b + i), relu));
-  for (; i < size; ++i) r[i] = rectified(r[i] + b[i], relu);
+  for (; i + kLanes <= size; i += kLanes) {
+    Format::store_vector(r + i, rectified(Format::load_vector(r + i) + Format::load_vector(b + i), relu));
+  }
+  for (; i < size; ++i) Format::store_one(r + i, rectified(Format::load_one(r + i) + Format::load_one(b + i), relu));
 }
 
-// kEnd: nothing may be read beyond the numbers that land.
+// The first numbers of `next` go where the bits are, zeros elsewhere.
 #if MFP_LANES == 16 && defined(__x86_64__)
-template <bool kEnd>
-inline Vec spread(const float* q, uint32_t bits) {
-  const __mmask16 first = static_cast<__mmask16>((1u << __builtin_popcount(bits)) - 1);
-  const __m512 next = kEnd ? _mm512_maskz_loadu_ps(first, q) : _mm512_loadu_ps(q);
-  return (Vec)_mm512_maskz_expand_ps(static_cast<__mmask16>(bits), next);
+inline Vec spread(Vec next, uint32_t bits) {
+  return (Vec)_mm512_maskz_expand_ps(static_cast<__mmask16>(bits), (__m512)next);
 }
 #elif MFP_LANES == 8 && defined(__x86_64__)
 // of[bits][lane]: which of the next numbers lands in the lane; -1 (sign bit set) where none does.
@@ -45,65 +44,89 @@ struct Places {
   }
 };
 static const Places places;
-template <bool kEnd>
-inline Vec spread(const float* q, uint32_t bits) {
+inline Vec spread(Vec next, uint32_t bits) {
   const __m256i place = _mm256_load_si256(reinterpret_cast<const __m256i*>(places.of[bits]));
-  __m256 next;
-  if (kEnd) {
-    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    next = _mm256_maskload_ps(q, _mm256_cmpgt_epi32(_mm256_set1_epi32(__builtin_popcount(bits)), lanes));
-  } else {
-    next = _mm256_loadu_ps(q);
-  }
-  const __m256 spread = _mm256_permutevar8x32_ps(next, place);
+  const __m256 spread = _mm256_permutevar8x32_ps((__m256)next, place);
   return (Vec)_mm256_blendv_ps(spread, _mm256_setzero_ps(), _mm256_castsi256_ps(place));
 }
 #endif
 
-template <bool kRelu, bool kEnd>
-inline void scatter_row(const ScatterRows& work, float* r, const float* q) {
+// kEnd: nothing may be read beyond the row of the branch.
+template <class Format, bool kRelu, bool kEnd>
+inline void scatter_row(const ScatterRows& work, typename Format::Stored* r, const typename Format::Stored* q) {
   const int64_t channels = work.channels;
   int64_t c = 0;
 #if MFP_LANES >= 8 && defined(__x86_64__)
   const uint16_t* landing = work.landing;
   for (; c + kLanes <= channels; c += kLanes) {
     const uint32_t bits = landing[c / 16] >> (c % 16) & ((1u << kLanes) - 1);
-    store(r + c, rectified(load(r + c) + spread<kEnd>(q, bits), kRelu));
-    q += __builtin_popcount(bits);
+    const int count = __builtin_popcount(bits);
+    Vec next;
+    if (kEnd) {
+      typename Format::Stored some[kLanes] = {};
+      std::memcpy(some, q, count * sizeof *q);
+      next = Format::load_vector(some);
+    } else {
+      next = Format::load_vector(q);
+    }
+    Format::store_vector(r + c, rectified(Format::load_vector(r + c) + spread(next, bits), kRelu));
+    q += count;
   }
 #endif
   for (; c < channels; ++c) {
-    float value = r[c];
-    if (work.source[c] >= 0) value += *q++;
-    r[c] = rectified(value, kRelu);
+    float value = Format::load_one(r + c);
+    if (work.source[c] >= 0) value += Format::load_one(q++);
+    Format::store_one(r + c, rectified(value, kRelu));
   }
 }
 
-template <bool kRelu>
+template <class Format, bool kRelu>
 void scatter_some(const ScatterRows& work, int64_t begin, int64_t end) {
-  const auto residual = [&](int64_t row) { return work.residual + row * work.channels; };
-  const auto branch = [&](int64_t row) { return work.branch + row * work.branch_channels; };
+  typedef typename Format::Stored Stored;
+  const auto residual = [&](int64_t row) { return static_cast<Stored*>(work.residual) + row * work.channels; };
+  const auto branch = [&](int64_t row) { return static_cast<const Stored*>(work.branch) + row * work.branch_channels; };
+  if (work.branch_channels == work.channels) {
+    return add_row<Format>(residual(begin), branch(begin), (end - begin) * work.channels, kRelu);
+  }
   int64_t row = begin;
   if (work.branch_channels >= kLanes) {  // reads beyond a row end in the next one
-    for (; row + 1 < end; ++row) scatter_row<kRelu, false>(work, residual(row), branch(row));
+    for (; row + 1 < end; ++row) scatter_row<Format, kRelu, false>(work, residual(row), branch(row));
   }
-  for (; row < end; ++row) scatter_row<kRelu, true>(work, residual(row), branch(row));
+  for (; row < end; ++row) scatter_row<Format, kRelu, true>(work, residual(row), branch(row));
+}
+
+template <class Format>
+void plane(const ScatterPlane& work) {
+  typename Format::Stored* r = static_cast<typename Format::Stored*>(work.residual);
+  if (work.branch != nullptr) {
+    return add_row<Format>(r, static_cast<const typename Format::Stored*>(work.branch), work.size, work.relu);
+  }
+  int64_t i = 0;
+  for (; i + kLanes <= work.size; i += kLanes) {
+    Format::store_vector(r + i, rectified(Format::load_vector(r + i), work.relu));
+  }
+  for (; i < work.size; ++i) Format::store_one(r + i, rectified(Format::load_one(r + i), work.relu));
 }
 
 void scatter_rows(const ScatterRows& work, int64_t begin, int64_t end) {
-  if (work.branch_channels == work.channels) {
-    const int64_t first = begin * work.channels;
-    return add_row(work.residual + first, work.branch + first, (end - begin) * work.channels, work.relu);
+  const auto run = [&](auto format) {
+    typedef decltype(format) Format;
+    return work.relu ? scatter_some<Format, true>(work, begin, end) : scatter_some<Format, false>(work, begin, end);
+  };
+  switch (work.dtype) {
+    case DType::float32: return run(Float());
+    case DType::bfloat16: return run(Halves<Bfloat16>());
+    case DType::float16: return run(Halves<Float16>());
   }
-  return work.relu ? scatter_some<true>(work, begin, end) : scatter_some<false>(work, begin, end);
 }
 
-void add_plane(float* residual, const float* branch, int64_t size, bool relu) {
-  if (branch != nullptr) return add_row(residual, branch, size, relu);
-  if (!relu) return;
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) store(residual + i, rectified(load(residual + i), true));
-  for (; i < size; ++i) residual[i] = rectified(residual[i], true);
+void scatter_plane(const ScatterPlane& work) {
+  if (work.branch == nullptr && !work.relu) return;
+  switch (work.dtype) {
+    case DType::float32: return plane<Float>(work);
+    case DType::bfloat16: return plane<Halves<Bfloat16>>(work);
+    case DType::float16: return plane<Halves<Float16>>(work);
+  }
 }
 
 }  // namespace MFP_ISA
@@ -116,7 +139,7 @@ MFP_END_ISA
 namespace mfp::cpu {
 namespace MFP_ISA {
 void scatter_rows(const ScatterRows&, int64_t, int64_t) {}
-void add_plane(float*, const float*, int64_t, bool) {}
+void scatter_plane(const ScatterPlane&) {}
 }  // namespace MFP_ISA
 }  // namespace mfp::cpu
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/dtype.h"
 #include "cpu/scatter.h"
 
 namespace mfp::cpu {
@@ -41,11 +42,12 @@ Work describe(const at::Tensor& residual, const at::Tensor& branch, const at::Te
   return work;
 }
 
-void run_float(const Work& work, float* residual, const float* branch) {
+void run(const Work& work, void* residual, const void* branch, DType dtype) {
   const Isa isa = current_isa();
   if (work.last) {
     const ScatterRows rows = {
-        residual, branch, work.source.data(), work.landing.data(), work.channels, work.branch_channels, work.relu};
+        residual, branch, dtype, work.source.data(), work.landing.data(), work.channels, work.branch_channels,
+        work.relu};
     const auto run = isa == Isa::avx512 ? avx512::scatter_rows
                      : isa == Isa::avx2 ? avx2::scatter_rows
                                         : portable::scatter_rows;
@@ -53,35 +55,18 @@ void run_float(const Work& work, float* residual, const float* branch) {
                      [&](int64_t begin, int64_t end) { run(rows, begin, end); });
     return;
   }
-  const auto run = isa == Isa::avx512 ? avx512::add_plane : isa == Isa::avx2 ? avx2::add_plane : portable::add_plane;
+  const auto run = isa == Isa::avx512 ? avx512::scatter_plane
+                   : isa == Isa::avx2 ? avx2::scatter_plane
+                                      : portable::scatter_plane;
+  const int64_t bytes = work.inner * (dtype == DType::float32 ? 4 : 2);
   at::parallel_for(
       0, work.outer * work.channels, std::max<int64_t>(kGrain / work.inner, 1), [&](int64_t begin, int64_t end) {
         for (int64_t plane = begin; plane < end; ++plane) {
           const int64_t batch = plane / work.channels, from = work.source[plane % work.channels];
-          const float* added = from < 0 ? nullptr : branch + (batch * work.branch_channels + from) * work.inner;
-          run(residual + plane * work.inner, added, work.inner, work.relu);
+          const char* added = static_cast<const char*>(branch) + (batch * work.branch_channels + from) * bytes;
+          run({static_cast<char*>(residual) + plane * bytes, from < 0 ? nullptr : added, dtype, work.inner, work.relu});
         }
       });
-}
-
-// 16-bit floats: summed in float32, rounded once.
-template <class T>
-void run_short(const Work& work, T* residual, const T* branch) {
-  at::parallel_for(0, work.outer, std::max<int64_t>(kGrain / (work.channels * work.inner), 1),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t row = begin; row < end; ++row) {
-                       for (int64_t c = 0; c < work.channels; ++c) {
-                         const int64_t from = work.source[c];
-                         T* r = residual + (row * work.channels + c) * work.inner;
-                         const T* b = branch + (row * work.branch_channels + from) * work.inner;
-                         if (from < 0 && !work.relu) continue;
-                         for (int64_t i = 0; i < work.inner; ++i) {
-                           const float sum = static_cast<float>(r[i]) + (from < 0 ? 0.0f : static_cast<float>(b[i]));
-                           r[i] = static_cast<T>(work.relu && sum < 0 ? 0.0f : sum);
-                         }
-                       }
-                     }
-                   });
 }
 
 void scatter_add_(const at::Tensor& residual, const at::Tensor& branch, const at::Tensor& index, bool relu) {
@@ -104,14 +89,7 @@ void scatter_add_(const at::Tensor& residual, const at::Tensor& branch, const at
   if (residual.numel() == 0) return;
   const Work work = describe(residual, branch, index.contiguous(), relu);
   const at::Tensor source = residual.is_contiguous() ? branch.contiguous() : branch.contiguous(format);
-  switch (residual.scalar_type()) {
-    case at::kFloat: run_float(work, residual.mutable_data_ptr<float>(), source.const_data_ptr<float>()); break;
-    case at::kBFloat16:
-      run_short(work, residual.mutable_data_ptr<at::BFloat16>(), source.const_data_ptr<at::BFloat16>());
-      break;
-    case at::kHalf: run_short(work, residual.mutable_data_ptr<at::Half>(), source.const_data_ptr<at::Half>()); break;
-    default: TORCH_CHECK(false, "scatter_add_: expected float32, bfloat16 or float16, got ", residual.scalar_type());
-  }
+  run(work, residual.mutable_data_ptr(), source.const_data_ptr(), dtype_of(residual));
   if (!residual.is_inference()) residual.unsafeGetTensorImpl()->bump_version();
 }
 
