@@ -99,7 +99,7 @@ class Join(Rule):
         by_index = self.kind == "add" and len(sets) == 2 and self.same_shape(net, node)
         if not same_set and by_index:
             return self.join(build, node, kept)
-        wanted = sets[0] if same_set else kept.nonzero().flatten()
+        wanted = sets[0] if same_set else self.common_set(build, kept, operands, dims, sets)
         if not len(wanted):
             wanted = torch.zeros(1, dtype=torch.long)
         args, valid = [], wanted >= 0
@@ -114,6 +114,14 @@ class Join(Rule):
         all_there = same_set and all(build.pieces[o].ids is None for o in operands if isinstance(o, fx.Node))
         ids = None if all_there else torch.where(valid, wanted, -1)
         return Piece(build.emit(node, tuple(args), {}), ids)
+
+    @staticmethod
+    def common_set(build: Builder, kept: Tensor, operands: tuple, dims: list, sets: list[Tensor]) -> Tensor:
+        """The kept channels, or what the largest operand has where that is hardly more: it need not be copied then."""
+        sizes = [build.network.shape(o).numel() for o, d in zip(operands, dims, strict=True) if d is not None]
+        largest, wanted = sets[sizes.index(max(sizes))], kept.nonzero().flatten()
+        enough = bool(torch.isin(wanted, largest).all()) and len(largest) < len(wanted) + build.multiple
+        return largest if enough else wanted
 
     @staticmethod
     def ids(build: Builder, operand: fx.Node, dim: int) -> Tensor:
