@@ -47,11 +47,11 @@ sanitize: build/sanitize/driver  ## the CPU kernels over awkward shapes, under s
 build/sanitize/driver: $(SANITIZED:%=build/sanitize/%.o) build/sanitize/driver.o
 	$(CXX) $(SANITIZE) $^ -o $@
 
-build/sanitize/%.o: csrc/cpu/%.cpp $(wildcard csrc/cpu/*.h)
+build/sanitize/%.o: csrc/cpu/%.cpp $(wildcard csrc/*.h csrc/cpu/*.h)
 	@mkdir -p $(@D)
 	$(CXX) $(SANITIZE) -Icsrc -c $< -o $@
 
-build/sanitize/driver.o: tests/sanitize/driver.cpp $(wildcard csrc/cpu/*.h)
+build/sanitize/driver.o: tests/sanitize/driver.cpp $(wildcard csrc/*.h csrc/cpu/*.h)
 	@mkdir -p $(@D)
 	$(CXX) $(SANITIZE) -Icsrc -c $< -o $@
 

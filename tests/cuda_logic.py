@@ -26,7 +26,12 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def build() -> ctypes.CDLL:
     compiler = shutil.which("g++")
     assert compiler, "g++ is needed to run the CUDA kernels' logic on the CPU"
-    files = [TESTS / "cuda_on_cpu.h", TESTS / "cuda_logic_driver.cpp", *sorted((SOURCES / "cuda").glob("*"))]
+    files = [
+        TESTS / "cuda_on_cpu.h",
+        TESTS / "cuda_logic_driver.cpp",
+        *sorted(SOURCES.glob("*.h")),
+        *sorted((SOURCES / "cuda").glob("*")),
+    ]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"mfp_cuda_logic_{digest}.so"
     if not library.exists():

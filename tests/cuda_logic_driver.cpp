@@ -40,7 +40,7 @@ int prune_filters(void** weights, const int64_t* filters, const int64_t* sizes, 
     table[i].weights = weights[i];
     table[i].filters = filters[i];
     table[i].filter_size = sizes[i];
-    table[i].dtype = static_cast<DType>(dtypes[i]);
+    table[i].dtype = static_cast<mfp::DType>(dtypes[i]);
     table[i].num_pruned = num_pruned[i];
     offsets.push_back(total);
     total += filters[i];
@@ -74,7 +74,7 @@ int masked_step(int adamw, void** values, void** gradients, void** first, void**
   std::vector<Parameter> table;
   for (int i = 0; i < count; ++i) {
     table.push_back({values[i], gradients[i], first[i], second[i], numel[i], row_sizes[i], offsets[i], 0,
-                     static_cast<DType>(dtypes[i]), 0});
+                     static_cast<mfp::DType>(dtypes[i]), 0});
   }
   const int64_t items = plan_step(table);
   const auto number = [&](int i) { return static_cast<float>(numbers[i]); };
@@ -98,7 +98,7 @@ int masked_step(int adamw, void** values, void** gradients, void** first, void**
 int scatter_add(void* residual, const void* branch, const int64_t* index, int64_t outer, int64_t channels,
                 int64_t branch_channels, int64_t inner, int dtype, int relu) {
   return launch_scatter_add(
-      {residual, branch, index, outer, channels, branch_channels, inner, static_cast<DType>(dtype), relu != 0},
+      {residual, branch, index, outer, channels, branch_channels, inner, static_cast<mfp::DType>(dtype), relu != 0},
       nullptr);
 }
 

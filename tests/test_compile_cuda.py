@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(
 
 def object_of(name: str) -> Path:
     """Where `report` leaves a file's object; it is made anew when the sources change."""
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((SOURCES / "cuda").iterdir()))).hexdigest()
+    files = [*sorted(SOURCES.glob("*.h")), *sorted((SOURCES / "cuda").iterdir())]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     folder = Path(tempfile.gettempdir()) / f"mfp_cuda_objects_{digest[:16]}"
     folder.mkdir(exist_ok=True)
     return folder / f"{name}.o"

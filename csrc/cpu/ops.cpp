@@ -7,10 +7,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/dtype.h"
 #include "cpu/score.h"
 #include "cpu/spread.h"
 #include "cpu/zero_rows.h"
+#include "dtype_of.h"
 
 namespace mfp::cpu {
 namespace {

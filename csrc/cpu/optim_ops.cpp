@@ -8,8 +8,8 @@
 #include <cmath>
 #include <optional>
 
-#include "cpu/dtype.h"
 #include "cpu/optim.h"
+#include "dtype_of.h"
 
 namespace mfp::cpu {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
-#include "cpu/score.h"
+#include "dtype.h"
 
 namespace mfp::cpu {
 

@@ -36,14 +36,14 @@ inline Vec spread(Vec next, uint32_t bits) {
 #elif MFP_LANES == 8 && defined(__x86_64__)
 // of[bits][lane]: which of the next numbers lands in the lane; -1 (sign bit set) where none does.
 struct Places {
-  alignas(32) int32_t of[256][8];
-  Places() {
+  alignas(32) int32_t of[256][8] = {};
+  constexpr Places() {
     for (int bits = 0; bits < 256; ++bits) {
       for (int lane = 0, next = 0; lane < 8; ++lane) of[bits][lane] = (bits >> lane & 1) ? next++ : -1;
     }
   }
 };
-static const Places places;
+static constexpr Places places;  // no code of this instruction set may run when the library is loaded
 inline Vec spread(Vec next, uint32_t bits) {
   const __m256i place = _mm256_load_si256(reinterpret_cast<const __m256i*>(places.of[bits]));
   const __m256 spread = _mm256_permutevar8x32_ps((__m256)next, place);

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/dtype.h"
 #include "cpu/scatter.h"
+#include "dtype_of.h"
 
 namespace mfp::cpu {
 namespace {

@@ -5,10 +5,10 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "dtype.h"
 
 namespace mfp::cpu {
 
-enum class DType { float32, bfloat16, float16 };
 enum class Kind : int64_t { norm = 0, distance = 1, cosine_distance = 2, weighted_hybrid = 3 };
 
 // One conv layer: N filters of K numbers, one dense block each, one after the other.

@@ -15,8 +15,4 @@
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 #endif
 
-namespace mfp::cuda {
-
-enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
-
-}  // namespace mfp::cuda
+#include "dtype.h"

@@ -7,17 +7,9 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "cuda/runtime.h"
+#include "dtype_of.h"
 
 namespace mfp::cuda {
-
-inline DType dtype_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return DType::float32;
-    case at::kBFloat16: return DType::bfloat16;
-    case at::kHalf: return DType::float16;
-    default: TORCH_CHECK(false, "mfp: expected float32, bfloat16 or float16, got ", tensor.scalar_type());
-  }
-}
 
 inline void check_device(const char* op, const char* argument, at::TensorList tensors, c10::Device device) {
   for (size_t i = 0; i < tensors.size(); ++i) {

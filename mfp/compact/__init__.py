@@ -73,11 +73,12 @@ def compact(
 
 
 def origins(model: nn.Module, small: fx.GraphModule, build: Builder) -> dict[str, Origin]:
+    """Where the parameters come from; those for constants, and those of weights that are computed, are not listed."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {}
     for name, parameter in small.named_parameters():
-        if parameter in build.origins:
-            old, left = build.origins[parameter]
+        old, left = build.origins.get(parameter, (None, None))
+        if id(old) in names:
             found[name] = Origin(names[id(old)], left)
     return found
 

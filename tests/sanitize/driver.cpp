@@ -14,6 +14,7 @@
 #include "cpu/scatter.h"
 #include "cpu/score.h"
 
+using mfp::DType;
 using namespace mfp::cpu;
 
 static int failures = 0;

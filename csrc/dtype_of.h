@@ -3,9 +3,9 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "cpu/score.h"
+#include "dtype.h"
 
-namespace mfp::cpu {
+namespace mfp {
 
 inline DType dtype_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -16,4 +16,4 @@ inline DType dtype_of(const at::Tensor& tensor) {
   }
 }
 
-}  // namespace mfp::cpu
+}  // namespace mfp
