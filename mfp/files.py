@@ -66,7 +66,7 @@ MODULES: dict[str, type[nn.Module]] = {
 }  # fmt: skip
 OWN_MODULES = {cls.__name__: cls for cls in (
     own.AddConstants, own.ConvWithBorder, own.ExpandChannels, own.FusedJoin, own.ResidualJoin, own.SelectChannels,
-    own.ServingConv2d,
+    own.ServingConv2d, own.ServingJoin2d,
 )}  # fmt: skip
 DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool,
@@ -225,13 +225,14 @@ def _config(name: str, module: nn.Module) -> dict[str, Any]:
         raise MfpError(f"cannot save: layer '{name}' is a {kind}, which mfp.load could not build")
     config = {}
     keys = list(inspect.signature(cls.__init__).parameters)
-    if cls is own.ServingConv2d:
-        keys = [*inspect.signature(nn.Conv2d.__init__).parameters, "activation"]
+    if isinstance(module, own.ServingConv2d):
+        keys = [key for kind in cls.__mro__[:-1] if issubclass(kind, nn.Conv2d)
+                for key in inspect.signature(kind.__init__).parameters if key not in ("args", "kwargs")]  # fmt: skip
     for key in keys:
         value = getattr(module, key, inspect.Parameter.empty)
         if key in ("self", "device", "dtype") or value is inspect.Parameter.empty:
             continue
-        if key == "bias" and (cls.__name__ in MODULES or cls is own.ServingConv2d):
+        if key == "bias" and (cls.__name__ in MODULES or isinstance(module, own.ServingConv2d)):
             config[key] = value is not None
         elif isinstance(value, Tensor):
             config[key] = {"tensor": True}

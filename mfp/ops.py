@@ -6,6 +6,7 @@ plain-torch reference stands in on any other device, and Triton is called direct
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -28,6 +29,10 @@ masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor
 int[] offsets, int[] rows, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, \
 int step) -> ()
 scatter_add_(Tensor(a!) residual, Tensor branch, Tensor index, bool relu) -> ()
+conv2d(Tensor input, Tensor weights, Tensor bias, int filters, int[] stride, int[] padding, int[] dilation, \
+float low, float high) -> Tensor
+conv2d_join_(Tensor(a!) residual, Tensor input, Tensor weights, Tensor bias, Tensor index, int[] stride, \
+int[] padding, int[] dilation, bool relu) -> ()
 """
 
 _library = torch.library.Library("mfp", "DEF")
@@ -54,6 +59,16 @@ def _(weights, followers, follower_layers, num_pruned, kinds, exponents, chosen)
     return scores, weights[0].new_empty((filters,), dtype=torch.bool)
 
 
+@torch.library.register_fake("mfp::conv2d", lib=_library)
+def _(input, weights, bias, filters, stride, padding, dilation, low, high):
+    sizes = [
+        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+        for size, kernel, s, p, d in zip(input.shape[2:], weights.shape[1:3], stride, padding, dilation, strict=True)
+    ]
+    return input.new_empty((len(input), filters, *sizes)).to(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("mfp::conv2d_join_", lib=_library)
 @torch.library.register_fake("mfp::scatter_add_", lib=_library)
 @torch.library.register_fake("mfp::masked_sgd_", lib=_library)
 @torch.library.register_fake("mfp::masked_adamw_", lib=_library)
@@ -279,3 +294,66 @@ def scatter_add_(
         backend: a backend's name, to force it; the best one otherwise.
     """
     _module(residual.device, backend).scatter_add_(residual, branch, index, relu)
+
+
+CONV_BLOCK = 16  # filters that lie side by side in packed weights
+
+
+def pack_conv2d(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A conv's weight ``[F, C, H, W]`` and bias ``[F]`` as the conv ops read them: ``[F / 16, H, W, C, 16]``, ``[F]``.
+
+    F is filled up to a multiple of 16 with zeros.
+    """
+    filters = len(weight)
+    blocks = -(-filters // CONV_BLOCK)
+    packed = weight.new_zeros((blocks * CONV_BLOCK, *weight.shape[1:]))
+    packed[:filters] = weight
+    packed = packed.view(blocks, CONV_BLOCK, *weight.shape[1:]).permute(0, 3, 4, 2, 1).contiguous()
+    full = weight.new_zeros(blocks * CONV_BLOCK)
+    if bias is not None:
+        full[:filters] = bias
+    return packed, full
+
+
+def conv2d(
+    input: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    filters: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> Tensor:
+    """A convolution clamped between ``low`` and ``high`` (ReLU: 0 and inf), without gradients; channels_last.
+
+    Each output is summed in one order, bitwise the same for any batch and any number of threads. The one kernel is for
+    the CPU, and the caller sees to it that it is the chosen backend there; elsewhere torch's own convolution runs.
+
+    Args:
+        input: float32 ``[B, C, H, W]``.
+        weights, bias: from :func:`pack_conv2d`.
+        filters: how many of them there are.
+    """
+    return torch.ops.mfp.conv2d(input, weights, bias, filters, stride, padding, dilation, low, high)
+
+
+def conv2d_join_(
+    residual: Tensor,
+    input: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    index: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    relu: bool = False,
+) -> None:
+    """``residual[:, index] += conv(input)``, then ReLU if asked, in one pass; arguments as for :func:`conv2d`.
+
+    Args:
+        residual: float32 ``[B, R, H, W]``, channels_last; must not share memory with the input.
+        index: int64, strictly increasing channels of the residual, one for each filter.
+    """
+    torch.ops.mfp.conv2d_join_(residual, input, weights, bias, index, stride, padding, dilation, relu)

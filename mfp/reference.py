@@ -5,9 +5,11 @@ Written for being right, from the formulas of the criteria; it shares no code wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _NORM, _DISTANCE, _COSINE_DISTANCE, _WEIGHTED_HYBRID = range(4)
@@ -179,3 +181,36 @@ def scatter_add_(residual: Tensor, branch: Tensor, index: Tensor, relu: bool) ->
     wide = torch.promote_types(residual.dtype, torch.float32)
     result = residual.to(wide).index_add(1, index, branch.to(wide))
     residual.copy_(result.clamp(min=0) if relu else result)
+
+
+def conv2d(
+    input: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    filters: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    low: float,
+    high: float,
+) -> Tensor:
+    """The op ``mfp::conv2d``."""
+    plain = weights.permute(0, 4, 3, 1, 2).flatten(0, 1)[:filters]  # [F, C, H, W]
+    out = F.conv2d(input, plain, bias[:filters], stride, padding, dilation)
+    return out.clamp(low, high).contiguous(memory_format=torch.channels_last)
+
+
+def conv2d_join_(
+    residual: Tensor,
+    input: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    index: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    relu: bool,
+) -> None:
+    """The op ``mfp::conv2d_join_``."""
+    branch = conv2d(input, weights, bias, len(index), stride, padding, dilation, -math.inf, math.inf)
+    scatter_add_(residual, branch, index, relu)

@@ -13,8 +13,7 @@ struct ScatterRows {
   void* residual;
   const void* branch;
   DType dtype;
-  const int32_t* source;    // [channels rounded up to 16]: the branch's channel that lands here, or -1
-  const uint16_t* landing;  // [channels / 16, rounded up]: the same as bits
+  const uint16_t* landing;  // a bit per channel: whether the next of the branch lands here; and one word more
   int64_t channels;
   int64_t branch_channels;
   bool relu;

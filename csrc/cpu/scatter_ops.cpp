@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/landing.h"
 #include "cpu/scatter.h"
 #include "dtype_of.h"
 
@@ -16,8 +17,8 @@ constexpr int64_t kGrain = 1 << 15;  // numbers of the residual per task
 
 struct Work {
   int64_t channels, branch_channels;
-  int64_t outer, inner;  // channels innermost: rows and 1; otherwise batch and positions
-  std::vector<int32_t> source;
+  int64_t outer, inner;         // channels innermost: rows and 1; otherwise batch and positions
+  std::vector<int32_t> source;  // [channels]: the branch's channel that lands here, or -1
   std::vector<uint16_t> landing;
   bool last, relu;
 };
@@ -25,15 +26,10 @@ struct Work {
 Work describe(const at::Tensor& residual, const at::Tensor& branch, const at::Tensor& index, bool relu) {
   Work work;
   work.channels = residual.size(1), work.branch_channels = branch.size(1), work.relu = relu;
-  const int64_t blocks = (work.channels + 15) / 16;
-  work.source.assign(blocks * 16, -1), work.landing.assign(blocks, 0);
+  work.landing = landing_bits("scatter_add_", index, work.channels);
   const int64_t* places = index.const_data_ptr<int64_t>();
-  for (int64_t i = 0, before = -1; i < index.numel(); before = places[i++]) {
-    TORCH_CHECK(places[i] > before && places[i] < work.channels, "scatter_add_: index[", i, "] is ", places[i],
-                " after ", before, "; expected strictly increasing numbers below ", work.channels);
-    work.source[places[i]] = static_cast<int32_t>(i);
-    work.landing[places[i] / 16] |= static_cast<uint16_t>(1u << places[i] % 16);
-  }
+  work.source.assign(work.channels, -1);
+  for (int64_t i = 0; i < index.numel(); ++i) work.source[places[i]] = static_cast<int32_t>(i);
   work.last = !residual.is_contiguous();
   const int64_t numbers = residual.numel();
   work.outer = work.last ? numbers / work.channels : residual.size(0);
@@ -45,9 +41,8 @@ Work describe(const at::Tensor& residual, const at::Tensor& branch, const at::Te
 void run(const Work& work, void* residual, const void* branch, DType dtype) {
   const Isa isa = current_isa();
   if (work.last) {
-    const ScatterRows rows = {
-        residual, branch, dtype, work.source.data(), work.landing.data(), work.channels, work.branch_channels,
-        work.relu};
+    const ScatterRows rows = {residual, branch, dtype, work.landing.data(), work.channels, work.branch_channels,
+                              work.relu};
     const auto run = isa == Isa::avx512 ? avx512::scatter_rows
                      : isa == Isa::avx2 ? avx2::scatter_rows
                                         : portable::scatter_rows;

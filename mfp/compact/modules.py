@@ -5,10 +5,15 @@ Each one runs plain torch operations, so that it exports everywhere.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mfp import backend as backends
 from mfp import ops
 
 
@@ -101,18 +106,28 @@ class FusedJoin(nn.Module):
     def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
         if self.bias is not None:
             residual = residual + per_channel(self.bias, 1, residual.dim())
-        if not fits_op(residual):
-            whole = len(self.index) == residual.shape[1]  # torch's ONNX export loses an index_add to all channels
-            out = residual + branch if whole else residual.index_add(1, self.index, branch)
-            return out.relu() if self.relu else out
+        if not fits_op(residual) or (len(residual), residual.shape[2:]) != (len(branch), branch.shape[2:]):
+            return joined(residual, branch, self.index, self.relu)
         out = residual if self.inplace or self.bias is not None else residual.clone()
         ops.scatter_add_(out, branch, self.index, self.relu)
         return out
 
 
+def joined(residual: Tensor, branch: Tensor, index: Tensor, relu: bool) -> Tensor:
+    """What a fused join computes, with torch's own operations."""
+    whole = len(index) == residual.shape[1]  # torch's ONNX export loses an index_add to all channels
+    out = residual + branch if whole else residual.index_add(1, index, branch)
+    return out.relu() if relu else out
+
+
+def only_runs() -> bool:
+    """Whether the call just computes: no gradient, no compilation, no export."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
 def fits_op(residual: Tensor) -> bool:
-    """Whether mfp's op may run: no gradient, no export, a layout and a dtype that it takes."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """Whether mfp's op may run: nothing but a result is asked, of a layout and a dtype that it takes."""
+    if not only_runs():
         return False
     return residual.dtype in ops.FLOATS and residual.is_contiguous(memory_format=memory_format_of(residual))
 
@@ -123,14 +138,14 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
-# Convs with packed weights are internals of torch: where they are missing, its public conv runs.
+# oneDNN's convs with packed weights are internals of torch: where they are missing, its public conv runs.
 ONEDNN = (
     torch.backends.mkldnn.is_available()
     and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
     and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 )
 
-# Activations that oneDNN computes while a conv's result is in registers: (its name, its numbers, torch's function).
+# Activations that a conv computes while its result is in registers: (oneDNN's name, its numbers, torch's function).
 ACTIVATIONS = {
     "none": ("none", [], lambda x: x),
     "relu": ("relu", [], F.relu),
@@ -138,50 +153,99 @@ ACTIVATIONS = {
     "hardswish": ("hardswish", [], F.hardswish),
     "silu": ("swish", [], F.silu),
 }
+CLAMPS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
 class ServingConv2d(nn.Conv2d):
     """conv and activation in one, with the weight packed once for this processor: for serving on a CPU.
 
-    torch packs a plain conv's weight anew at each call, which costs a 1x1 conv as much time as its arithmetic. The
-    packed copy is made at the first call without gradients and renewed when the weight changes; wherever it does not
-    apply (gradients, export, other devices and dtypes), this is an ordinary conv and activation.
+    Ungrouped convs run as mfp's op, others as oneDNN's. torch packs a plain conv's weight anew at each call, which
+    costs a 1x1 conv as much time as its arithmetic. The packed copy is made at the first call without gradients and
+    renewed when the parameters change; wherever it does not apply (gradients, export, other devices and dtypes), this
+    is an ordinary conv and activation.
     """
 
     mfp_leaf = True
-    _packed: tuple[tuple, Tensor] | None = None
+    _packed: tuple[tuple, Any] | None = None
 
     def __init__(self, *args, activation: str = "none", **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fits_op(x):
+            return ops.conv2d(x, *self.packed(self.pack), *CLAMPS[self.activation])
         name, numbers, function = ACTIVATIONS[self.activation]
-        if not self.packs(x):
+        if not (ONEDNN and self.is_plain(x)):
             return function(super().forward(x))
-        weight = self.packed_weight(x)
+        weight = self.packed(self.pack_for_onednn, x.shape)
         return torch.ops.mkldnn._convolution_pointwise(
             x, weight, self.bias, self.padding, self.stride, self.dilation, self.groups, name, numbers, ""
         )
 
-    def packs(self, x: Tensor) -> bool:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    def fits_op(self, x: Tensor) -> bool:
+        """Whether mfp's op may run."""
+        if self.groups != 1 or self.activation not in CLAMPS or not self.is_plain(x):
             return False
-        plain = self.padding_mode == "zeros" and not isinstance(self.padding, str) and x.dim() == 4 and x.numel() > 0
-        return ONEDNN and plain and x.is_cpu and x.dtype == self.weight.dtype == torch.float32
+        return backends.choose(x.device).name == "cpu"
 
-    def packed_weight(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.shape, x.shape)
+    def is_plain(self, x: Tensor) -> bool:
+        """Whether the call is one that packed weights can serve."""
+        if not only_runs() or self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return False
+        return x.dim() == 4 and x.numel() > 0 and x.is_cpu and x.dtype == self.weight.dtype == torch.float32
+
+    def packed(self, pack: Callable[..., Any], *sizes: torch.Size) -> Any:
+        """``pack(*sizes)``, kept until the parameters or the sizes change."""
+        state = (*sizes, *version_of(self.weight), *version_of(self.bias))
         if self._packed is None or self._packed[0] != state:
-            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                weight.detach().to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, x.shape
-            )
-            self._packed = (state, packed)
+            self._packed = (state, pack(*sizes))
         return self._packed[1]
+
+    def pack(self) -> tuple:
+        """The arguments of ``ops.conv2d`` that stay the same."""
+        weight, bias = ops.pack_conv2d(self.weight.detach(), None if self.bias is None else self.bias.detach())
+        return weight, bias, self.out_channels, self.stride, self.padding, self.dilation
+
+    def pack_for_onednn(self, shape: torch.Size) -> Tensor:
+        weight = self.weight.detach().to_mkldnn()
+        return torch._C._nn.mkldnn_reorder_conv2d_weight(
+            weight, self.padding, self.stride, self.dilation, self.groups, shape
+        )  # fmt: skip
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "_packed"}
+
+
+def version_of(tensor: Tensor | None) -> tuple[int, int]:
+    """Changes when the tensor's values do."""
+    if tensor is None:
+        return 0, 0
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+class ServingJoin2d(ServingConv2d):
+    """A conv without groups and the FusedJoin that alone reads it, in one: its result is not written anywhere else."""
+
+    def __init__(self, *args, index: Tensor, relu: bool, inplace: bool = False, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.relu, self.inplace = relu, inplace
+        self.register_buffer("index", index)
+
+    def forward(self, residual: Tensor, x: Tensor) -> Tensor:
+        if not self.fits_op(x) or residual.dtype != x.dtype or not self.is_alike(residual, x):
+            return joined(residual, super().forward(x), self.index, self.relu)
+        weight, bias, _, *geometry = self.packed(self.pack)
+        channels_last = residual.is_contiguous(memory_format=torch.channels_last)
+        out = residual if self.inplace and channels_last else residual.clone(memory_format=torch.channels_last)
+        ops.conv2d_join_(out, x, weight, bias, self.index, *geometry, self.relu)
+        return out
+
+    def is_alike(self, residual: Tensor, x: Tensor) -> bool:
+        """Whether the conv's result has the residual's batch and image size: else torch broadcasts."""
+        parts = zip(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        sizes = [(size + 2 * p - d * (kernel - 1) - 1) // s + 1 for size, kernel, s, p, d in parts]
+        return len(residual) == len(x) and list(residual.shape[2:]) == sizes
 
 
 class AddConstants(nn.Module):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mfp.compact.modules import FusedJoin, ResidualJoin, ServingConv2d
+from mfp.compact.modules import FusedJoin, ResidualJoin, ServingConv2d, ServingJoin2d
 from mfp.compact.normalize import ShapeRecorder, alias_families
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.LeakyReLU, nn.ELU)
@@ -30,6 +31,7 @@ def prepare_for_serving(small: fx.GraphModule, arguments: dict[str, Any]) -> Non
     ShapeRecorder(small).run(*arguments.values())
     fuse_joins(small)
     pack_convs(small)
+    join_in_convs(small)
     reuse_memory(small)
     small.graph.lint()
 
@@ -100,20 +102,53 @@ def pack_convs(small: fx.GraphModule) -> None:
             calls.setdefault(node.target, []).append(node)
     for target, nodes in calls.items():
         found = activation_behind(nodes[0], modules) if len(nodes) == 1 else None
-        replace_module(small, target, serving_conv(modules[target], "none" if found is None else found[1]))
+        activation = "none" if found is None else found[1]
+        replace_module(small, target, with_parameters_of(modules[target], ServingConv2d, activation=activation))
         if found is not None:
             found[0].replace_all_uses_with(nodes[0])
             small.graph.erase_node(found[0])
 
 
-def serving_conv(conv: nn.Conv2d, activation: str) -> ServingConv2d:
+def with_parameters_of(conv: nn.Conv2d, kind: type[ServingConv2d], **settings) -> ServingConv2d:
     with torch.device("meta"):
-        new = ServingConv2d(
+        new = kind(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            conv.groups, conv.bias is not None, conv.padding_mode, activation=activation,
+            conv.groups, conv.bias is not None, conv.padding_mode, **settings,
         )  # fmt: skip
     new.weight, new.bias = conv.weight, conv.bias
     return new.train(conv.training)
+
+
+def join_in_convs(small: fx.GraphModule) -> None:
+    """A FusedJoin and the conv whose result it alone reads become a ServingJoin2d."""
+    modules = dict(small.named_modules())
+    calls = Counter(node.target for node in small.graph.nodes if node.op == "call_module")
+    for node in list(small.graph.nodes):
+        join = modules[node.target] if node.op == "call_module" else None
+        if not isinstance(join, FusedJoin) or join.bias is not None:
+            continue
+        orders = [node.args]
+        if len(join.index) == node.meta["shape"][1]:
+            orders.append(node.args[::-1])  # a sum of two whole tensors
+        for residual, branch in orders:
+            if can_join(branch, modules) and calls[branch.target] == 1:
+                new = with_parameters_of(
+                    modules[branch.target], ServingJoin2d, index=join.index, relu=join.relu
+                )  # fmt: skip
+                replace_module(small, branch.target, new)
+                with small.graph.inserting_before(node):
+                    both = small.graph.call_module(branch.target, (residual, *branch.args))
+                both.meta.update(node.meta)
+                node.replace_all_uses_with(both)
+                small.graph.erase_node(node)
+                small.graph.erase_node(branch)
+                break
+
+
+def can_join(branch: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the node is a conv that can add its result into a residual, read by one node alone."""
+    conv = modules[branch.target] if branch.op == "call_module" else None
+    return type(conv) is ServingConv2d and len(branch.users) == 1 and conv.groups == 1 and conv.activation == "none"
 
 
 def replace_module(small: fx.GraphModule, target: str, module: nn.Module) -> None:
@@ -139,6 +174,8 @@ def reuse_memory(small: fx.GraphModule) -> None:
             ):
                 node.args = node.args[::-1]  # a sum of two whole tensors: either may be overwritten
             module.inplace = is_free_after(node, node.args[0], small.graph, modules)
+        elif isinstance(module, ServingJoin2d):
+            module.inplace = is_free_after(node, node.args[0], small.graph, modules)
         elif type(module) in RECTIFIERS and is_free_after(node, node.args[0], small.graph, modules):
             own = copy.deepcopy(module)  # the module may be called elsewhere, where it must not overwrite
             own.inplace = True
@@ -149,9 +186,13 @@ def reuse_memory(small: fx.GraphModule) -> None:
 
 
 def is_free_after(node: fx.Node, value: fx.Node, graph: fx.Graph, modules: dict[str, nn.Module]) -> bool:
-    """Whether the memory of ``value`` belongs to the graph and nothing reads it after ``node``."""
+    """Whether the memory of ``value`` belongs to the graph, no other input of ``node`` shares it, and nothing reads it
+    afterwards."""
     order = {other: i for i, other in enumerate(graph.nodes)}
-    for alias in alias_families(graph, modules)[value]:
+    family = alias_families(graph, modules)[value]
+    if any(other in family for other in node.args if other is not value) or node.args.count(value) > 1:
+        return False
+    for alias in family:
         if alias is node:
             continue
         if alias.op in ("placeholder", "get_attr") or any(order[user] > order[node] for user in alias.users):

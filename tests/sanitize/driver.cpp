@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/conv.h"
 #include "cpu/optim.h"
 #include "cpu/scatter.h"
 #include "cpu/score.h"
@@ -308,14 +309,14 @@ static void check_joins(DType dtype, std::mt19937& random) {
     int32_t kept = 0;
     for (int32_t& from : source) from = random() % 3 > 0 ? kept++ : -1;
     if (kept == 0) source[0] = kept++;
-    std::vector<uint16_t> landing((channels + 15) / 16);
+    std::vector<uint16_t> landing((channels + 15) / 16 + 1);
     for (int64_t c = 0; c < channels; ++c) landing[c / 16] |= (source[c] >= 0) << c % 16;
     const Numbers residual(dtype, rows * channels, random), branch(dtype, rows * kept, random);
     for (Isa isa : levels()) {
       for (bool relu : {false, true}) {
         Numbers by_rows = residual, by_planes = residual;
         const ScatterRows work = {
-            by_rows.bytes.data(), branch.bytes.data(), dtype, source.data(), landing.data(), channels, kept, relu};
+            by_rows.bytes.data(), branch.bytes.data(), dtype, landing.data(), channels, kept, relu};
         const auto run = isa == Isa::avx512 ? avx512::scatter_rows
                          : isa == Isa::avx2 ? avx2::scatter_rows
                                             : portable::scatter_rows;
@@ -340,6 +341,122 @@ static void check_joins(DType dtype, std::mt19937& random) {
   }
 }
 
+// ---- convolutions -------------------------------------------------------------------------------------------------
+
+static std::vector<float> small_integers(int64_t count, std::mt19937& random) {
+  std::vector<float> numbers(count);
+  for (float& number : numbers) number = static_cast<int>(random() % 9) - 4.0f;
+  numbers.shrink_to_fit();
+  return numbers;
+}
+
+// One shape at every instruction set, alone and joined into a residual with every second channel; sums of small
+// integers are exact.
+static void check_conv(Conv conv, std::mt19937& random) {
+  for (int d = 0; d < 2; ++d) {
+    const int64_t reach = conv.dilation[d] * (conv.kernel[d] - 1);
+    conv.out_size[d] = (conv.size[d] + 2 * conv.padding[d] - reach - 1) / conv.stride[d] + 1;
+  }
+  const int64_t blocks = (conv.filters + kBlock - 1) / kBlock;
+  const auto input = small_integers(conv.batch * conv.size[0] * conv.size[1] * conv.channels, random);
+  const auto weights = small_integers(blocks * kBlock * conv.taps() * conv.channels, random);
+  const auto bias = small_integers(blocks * kBlock, random);
+  const std::vector<float> zeros(conv.channels);
+  conv.input = input.data(), conv.weights = weights.data(), conv.bias = bias.data(), conv.zeros = zeros.data();
+  conv.low = -INFINITY, conv.high = INFINITY;
+  std::vector<double> expected;
+  for (int64_t pixel = 0; pixel < conv.pixels(); ++pixel) {
+    const int64_t column = pixel % conv.out_size[1], row = pixel / conv.out_size[1] % conv.out_size[0];
+    const int64_t image = pixel / conv.out_size[1] / conv.out_size[0];
+    for (int64_t f = 0; f < conv.filters; ++f) {
+      double sum = bias[f];
+      for (int64_t tap = 0; tap < conv.taps(); ++tap) {
+        const int64_t y = row * conv.stride[0] - conv.padding[0] + tap / conv.kernel[1] * conv.dilation[0];
+        const int64_t x = column * conv.stride[1] - conv.padding[1] + tap % conv.kernel[1] * conv.dilation[1];
+        if (y < 0 || y >= conv.size[0] || x < 0 || x >= conv.size[1]) continue;
+        for (int64_t c = 0; c < conv.channels; ++c) {
+          const int64_t place = ((f / kBlock * conv.taps() + tap) * conv.channels + c) * kBlock + f % kBlock;
+          sum += input[((image * conv.size[0] + y) * conv.size[1] + x) * conv.channels + c] * weights[place];
+        }
+      }
+      expected.push_back(sum);
+    }
+  }
+  conv.residual_channels = 2 * conv.filters;
+  std::vector<int64_t> index;
+  std::vector<uint16_t> landing((conv.residual_channels + 15) / 16 + 1);
+  for (int64_t f = 0; f < conv.filters; ++f) {
+    index.push_back(2 * f + 1);
+    landing[index.back() / 16] |= 1 << index.back() % 16;
+  }
+  conv.index = index.data();
+  for (Isa isa : levels()) {
+    for (int joined = 0; joined < 3; ++joined) {  // no, yes, with ReLU
+      conv.landing = joined ? landing.data() : nullptr, conv.relu = joined == 2;
+      auto output = small_integers(conv.pixels() * conv.out_channels(), random);
+      const auto before = output;
+      conv.output = output.data();
+      const PixelOrder order(conv, tile_pixels(isa));
+      const auto tasks_of = isa == Isa::avx512 ? avx512::conv_tasks
+                            : isa == Isa::avx2 ? avx2::conv_tasks
+                                               : portable::conv_tasks;
+      const auto task = isa == Isa::avx512 ? avx512::conv_task
+                        : isa == Isa::avx2 ? avx2::conv_task
+                                           : portable::conv_task;
+      for (int threads : {1, 7}) {
+        output = before;
+        const ConvTasks tasks = tasks_of(conv, order.tiles(), threads);
+        for (int64_t i = tasks.count(); i-- > 0;) task(conv, order, tasks, i);
+        bool good = true;
+        for (size_t i = 0; i < output.size(); ++i) {
+          const int64_t channel = i % conv.out_channels(), pixel = i / conv.out_channels();
+          double right = joined ? before[i] : expected[i];
+          if (joined && channel % 2 == 1) right += expected[pixel * conv.filters + channel / 2];
+          good &= output[i] == (conv.relu ? std::fmax(right, 0) : right);
+        }
+        expect(good, std::string("conv ") + isa_name(isa) + " " + std::to_string(conv.channels) + " to " +
+                         std::to_string(conv.filters) + (joined ? " joined" : ""));
+      }
+    }
+  }
+}
+
+static void check_convs(std::mt19937& random) {
+  for (int64_t filters : {1, 7, 8, 9, 16, 17, 24, 25, 32, 40, 41, 48, 49, 97}) {
+    check_conv({.batch = 2,
+                .channels = 5,
+                .filters = filters,
+                .size = {4, 7},
+                .kernel = {3, 3},
+                .stride = {1, 1},
+                .padding = {1, 1},
+                .dilation = {1, 1}},
+               random);
+    check_conv({.batch = 1,
+                .channels = 17,
+                .filters = filters,
+                .size = {3, 3},
+                .kernel = {1, 1},
+                .stride = {1, 1},
+                .padding = {0, 0},
+                .dilation = {1, 1}},
+               random);
+  }
+  for (int64_t kernel : {1, 2, 5}) {
+    for (int64_t padding : {0, 1, 4}) {
+      check_conv({.batch = 3,
+                  .channels = 3,
+                  .filters = 10,
+                  .size = {9, 5},
+                  .kernel = {kernel, 3},
+                  .stride = {2, 3},
+                  .padding = {padding, 2},
+                  .dilation = {1, 2}},
+                 random);
+    }
+  }
+}
+
 int main() {
   std::mt19937 random(1);
   // One less, the same and one more than a vector, a panel and a tile of columns, of rows, and a block of weights.
@@ -354,6 +471,7 @@ int main() {
   }
   for (int64_t n : {191, 192, 193, 200}) check_scores({{n, 3}}, DType::float32, random);
   check_scores({{3, 0}, {0, 5}, {2, 2}}, DType::float32, random);
+  check_convs(random);
   check_single_criteria(random);
   check_not_finite(random);
   check_selection();

@@ -1,0 +1,180 @@
+"""conv2d and conv2d_join_: the serving form's convolution, alone and joined into a residual, at every level of SIMD."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mfp import backend, ops, reference
+
+CL = torch.channels_last
+pytestmark = pytest.mark.skipif(backend.backends()["cpu"].unusable is not None, reason="mfp._C is not built")
+
+# (batch, channels, height, width), filters, kernel, stride, padding, dilation
+CASES = [
+    # one less, the same and one more than half a vector, a vector, a strip of AVX2 and of AVX-512
+    *(((2, 19, 5, 6), filters, (3, 3), (1, 1), (1, 1), (1, 1))
+      for filters in (1, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 40, 47, 48, 49, 56, 97)),
+    # as many pixels as a tile has, one less and one more; ranges of pixels and of filters
+    *(((1, 20, 1, pixels), 70, (1, 1), (1, 1), (0, 0), (1, 1)) for pixels in (1, 3, 4, 5, 6, 7, 8, 9, 500)),
+    *(((3, 8, 9, 7), 20, *rest) for rest in itertools.product(
+        [(1, 1), (3, 3), (2, 5)], [(1, 1), (2, 3)], [(0, 0), (1, 2), (4, 4)], [(1, 1), (2, 1)])),
+    ((2, 3, 33, 31), 40, (7, 7), (2, 2), (3, 3), (1, 1)),  # a stem
+    ((1, 4, 3, 3), 5, (3, 3), (1, 1), (2, 2), (3, 3)),  # more padding than image: no pixel has all taps
+    ((1, 300, 7, 7), 200, (3, 3), (1, 1), (1, 1), (1, 1)),  # more weights than the nearest caches hold
+]  # fmt: skip
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request, monkeypatch):
+    monkeypatch.setenv("MFP_CPU_ISA", request.param)
+    try:
+        ops.scatter_add_(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([0]), backend="cpu")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def small_integers(*shape, generator):
+    return torch.randint(-4, 5, shape, generator=generator).float()
+
+
+def sample(case, generator):
+    shape, filters, kernel, *geometry = case
+    x = small_integers(*shape, generator=generator).contiguous(memory_format=CL)
+    weight = small_integers(filters, shape[1], *kernel, generator=generator)
+    bias = small_integers(filters, generator=generator)
+    return x, weight, bias, geometry
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_torch_bitwise_on_whole_numbers(isa, case):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, geometry = sample(case, generator)
+    expected = F.conv2d(x, weight, bias, *geometry)
+    assert expected.abs().max() > 0
+    packed = ops.pack_conv2d(weight, bias)
+    for low, high in ((-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0)):
+        actual = ops.conv2d(x, *packed, len(weight), *geometry, low, high)
+        assert actual.is_contiguous(memory_format=CL)
+        assert torch.equal(actual, expected.clamp(low, high))
+    for more in (0, 1, 50):
+        channels = len(weight) + more
+        index = torch.randperm(channels, generator=generator)[: len(weight)].sort().values
+        residual = small_integers(len(x), channels, *expected.shape[2:], generator=generator)
+        for relu in (False, True):
+            right = residual.index_add(1, index, expected)
+            actual = residual.clone(memory_format=CL).contiguous(memory_format=CL)
+            ops.conv2d_join_(actual, x, *packed, index, *geometry, relu)
+            assert torch.equal(actual, right.relu() if relu else right)
+
+
+def test_real_numbers(isa):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 200, 9, 9, generator=generator)
+    weight, bias = torch.randn(72, 200, 3, 3, generator=generator), torch.randn(72, generator=generator)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    actual = ops.conv2d(x, *ops.pack_conv2d(weight, bias), 72, (1, 1), (1, 1), (1, 1))  # from NCHW
+    assert (actual - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+def test_bitwise_the_same_for_any_batch_and_number_of_threads(isa):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 70, 11, 11, generator=generator).contiguous(memory_format=CL)
+    weight, bias = torch.randn(90, 70, 3, 3, generator=generator), torch.randn(90, generator=generator)
+    arguments = (*ops.pack_conv2d(weight, bias), 90, (1, 1), (1, 1), (1, 1))
+    expected = ops.conv2d(x, *arguments)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(ops.conv2d(x, *arguments), expected)
+            assert torch.equal(torch.cat([ops.conv2d(image[None], *arguments) for image in x]), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nothing_outside_the_residual_is_touched(isa):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 5, 3, 3, generator=generator), torch.randn(9, 5, 1, 1, generator=generator)
+    around = torch.full((1 * 21 * 9 + 64,), 7.0)
+    residual = around[32:-32].view(1, 3, 3, 21).permute(0, 3, 1, 2)
+    ops.conv2d_join_(residual, x, *ops.pack_conv2d(weight, None), torch.arange(2, 20, 2), (1, 1), (0, 0), (1, 1), True)
+    assert (around[:32] == 7).all()
+    assert (around[-32:] == 7).all()
+    assert (residual[:, 1::2] == 7).all()
+    assert not (residual[:, 2:20:2] == 7).any()
+
+
+def test_not_a_number_stays(isa):
+    x = torch.ones(1, 2, 4, 4)
+    x[0, 0, 1, 1] = math.nan
+    packed = ops.pack_conv2d(torch.ones(20, 2, 1, 1), None)
+    actual = ops.conv2d(x, *packed, 20, (1, 1), (0, 0), (1, 1), 0.0, 6.0)
+    assert actual[0, :, 1, 1].isnan().all()
+    assert actual.isnan().sum() == 20
+    residual = torch.zeros(1, 30, 4, 4).contiguous(memory_format=CL)
+    ops.conv2d_join_(residual, x, *packed, torch.arange(5, 25), (1, 1), (0, 0), (1, 1), True)
+    assert residual[0, 5:25, 1, 1].isnan().all()
+    assert residual.isnan().sum() == 20
+
+
+def test_empty_batch():
+    packed = ops.pack_conv2d(torch.ones(4, 2, 3, 3), None)
+    assert ops.conv2d(torch.zeros(0, 2, 5, 5), *packed, 4, (1, 1), (0, 0), (1, 1)).shape == (0, 4, 3, 3)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"input": torch.zeros(1, 3, 5, 5)}, "input is"),
+    ({"input": torch.zeros(1, 2, 5)}, "input is"),
+    ({"input": torch.zeros(1, 2, 5, 5, dtype=torch.float64)}, "expected float32 on the CPU"),
+    ({"input": torch.zeros(1, 2, 2, 5)}, "does not fit"),
+    ({"bias": torch.zeros(4)}, "bias is"),
+    ({"stride": (0, 1)}, "stride"),
+    ({"dilation": (1,)}, "two numbers each"),
+    ({"filters": 17}, "17 filters in 1 blocks"),
+    ({"filters": 0}, "0 filters in 1 blocks"),
+    ({"index": torch.tensor([0, 2, 1, 3])}, "strictly increasing"),
+    ({"index": torch.tensor([0, 1, 2, 6])}, "below 6"),
+    ({"residual": torch.zeros(1, 6, 4, 3)}, "residual is"),
+    ({"residual": torch.zeros(1, 6, 3, 3)}, "expected channels_last"),
+    ({"residual": torch.zeros(2, 6, 3, 3).contiguous(memory_format=CL)}, "residual is"),
+])  # fmt: skip
+def test_wrong_arguments_are_refused(change, message):
+    packed, bias = ops.pack_conv2d(torch.ones(4, 2, 3, 3), None)
+    given = {
+        "input": torch.zeros(1, 2, 5, 5), "weights": packed, "bias": bias,
+        "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1),
+    }  # fmt: skip
+    alone = change.keys() <= given.keys() | {"filters"}
+    joined = change.keys() <= given.keys() | {"residual", "index"}
+    if alone:
+        with pytest.raises(RuntimeError, match=message):
+            ops.conv2d(**{**given, "filters": 4, **change})
+    if joined:
+        residual = torch.zeros(1, 6, 3, 3).contiguous(memory_format=CL)
+        with pytest.raises(RuntimeError, match=message):
+            ops.conv2d_join_(**{**given, "residual": residual, "index": torch.arange(4), **change})
+
+
+@pytest.mark.parametrize("case", CASES[:4] + CASES[-3:], ids=str)
+def test_reference(case):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, geometry = sample(case, generator)
+    expected = F.conv2d(x, weight, bias, *geometry)
+    packed = ops.pack_conv2d(weight, bias)
+    assert torch.equal(reference.conv2d(x, *packed, len(weight), *geometry, 0.0, 6.0), expected.clamp(0, 6))
+    residual, index = small_integers(*expected.shape, generator=generator), torch.arange(len(weight))
+    actual = residual.clone()
+    reference.conv2d_join_(actual, x, *packed, index, *geometry, True)
+    assert torch.equal(actual, (residual + expected).relu())
+
+
+def test_opcheck():
+    packed = ops.pack_conv2d(torch.ones(20, 3, 3, 2), torch.ones(20))
+    x, geometry = torch.randn(2, 3, 8, 9), ((2, 1), (1, 0), (1, 2))
+    torch.library.opcheck(torch.ops.mfp.conv2d.default, (x, *packed, 20, *geometry, 0.0, 6.0))
+    residual = torch.randn(2, 25, 4, 7).contiguous(memory_format=CL)
+    arguments = (residual, x, *packed, torch.arange(5, 25), *geometry, True)
+    torch.library.opcheck(torch.ops.mfp.conv2d_join_.default, arguments)

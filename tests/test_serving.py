@@ -1,0 +1,179 @@
+"""The serving form: what is fused into convs, when memory may be overwritten, and when packed weights are renewed."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compact_cases import difference, masked
+from torch import nn
+
+import mfp
+from mfp.compact.modules import FusedJoin, ServingConv2d, ServingJoin2d
+from mfp.train.models import CifarResNet
+
+
+def served(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """The serving form, after comparing it with the model on other sizes than the example's."""
+    serving = mfp.compact(model.eval(), x[:1], fold_bn=True)
+    with torch.inference_mode():
+        for images in (x, x[:1], x[..., :-3].contiguous(memory_format=torch.channels_last)):
+            assert difference(model(images), serving(images)) < 1e-5
+            assert torch.equal(serving(images), serving(images)), "the input or a parameter was overwritten"
+    return serving
+
+
+class Net(nn.Module):
+    """Convs named a, b, c and a function of them."""
+
+    def __init__(self, function, groups=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Conv2d(6, 24, 3, padding=1)
+        self.b = nn.Conv2d(24, 24, 3, padding=1, groups=groups)
+        self.c = nn.Conv2d(24, 24, 1)
+        self.table = nn.Parameter(torch.randn(1, 24, 12, 12))
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def images(batch=3):
+    return torch.randn(batch, 6, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+def kinds(serving):
+    return {name: type(module) for name, module in serving.named_children()}
+
+
+def test_joins_and_activations_are_computed_in_the_convs():
+    def block(net, x):
+        x = F.relu(net.a(x))
+        return F.relu(x + net.c(F.relu6(net.b(x))))
+
+    serving = served(Net(block), images())
+    assert kinds(serving) == {"a": ServingConv2d, "b": ServingConv2d, "c": ServingJoin2d}
+    assert (serving.a.activation, serving.b.activation, serving.c.relu) == ("relu", "relu6", True)
+    assert serving.c.inplace
+
+
+def test_joins_of_a_masked_resnet():
+    torch.manual_seed(0)
+    model = masked(CifarResNet(20), mask_bn=True)
+    serving = mfp.compact(model, torch.zeros(1, 3, 32, 32), fold_bn=True)
+    assert sum(isinstance(module, ServingJoin2d) for module in serving.modules()) == 7
+    assert sum(isinstance(module, FusedJoin) for module in serving.modules()) == 2  # the padded shortcuts
+    x = torch.randn(4, 3, 32, 32)
+    with torch.inference_mode():
+        assert difference(model.eval()(x), serving(x)) < 1e-5
+
+
+@pytest.mark.parametrize(("function", "inplace"), [
+    (lambda net, x: (lambda y: y + net.b(y))(net.a(x)), False),  # the conv reads what it would overwrite
+    (lambda net, x: (lambda y: y + net.c(y))(net.a(x)), False),
+    (lambda net, x: (lambda y: (y + net.c(net.b(y)), y))(net.a(x))[0], True),
+    (lambda net, x: (lambda y, z: (y + net.c(z)) * y)(net.a(x), net.b(net.a(x))), False),  # read afterwards
+    (lambda net, x: (lambda y: y.view_as(y) + net.c(y))(net.a(x)), False),  # a view of what the conv reads
+])  # fmt: skip
+def test_memory_is_overwritten_only_where_nothing_reads_it(function, inplace):
+    serving = served(Net(function), images())
+    joins = [module for module in serving.modules() if isinstance(module, ServingJoin2d)]
+    assert [join.inplace for join in joins] == [inplace]
+
+
+def test_the_networks_input_is_not_overwritten():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(24, 24, 3, padding=1)
+            self.other = nn.Conv2d(24, 24, 1)
+
+        def forward(self, x):
+            return x + self.other(F.relu(self.conv(x)))
+
+    torch.manual_seed(0)
+    model, x = Residual().eval(), torch.randn(2, 24, 5, 5).contiguous(memory_format=torch.channels_last)
+    serving = mfp.compact(model, x, fold_bn=True)
+    before = x.clone()
+    with torch.inference_mode():
+        assert difference(model(x), serving(x)) < 1e-5
+    assert torch.equal(x, before)
+    assert not serving.other.inplace
+
+
+@pytest.mark.parametrize("function", [
+    lambda net, x: net.table + net.b(net.a(x)),  # one table for the whole batch
+    lambda net, x: net.a(x) + net.c(net.a(x).mean((2, 3), keepdim=True)),
+    lambda net, x: net.b(net.a(x)) + net.b(net.b(net.a(x))),  # called more than once
+    lambda net, x: net.b(net.a(x)).sigmoid() + F.hardswish(net.c(net.a(x))),
+])  # fmt: skip
+@pytest.mark.parametrize("groups", [1, 24])
+def test_what_cannot_be_fused_is_computed_all_the_same(function, groups):
+    model, x = Net(function, groups).eval(), images()
+    serving = mfp.compact(model, x[:1], fold_bn=True)
+    with torch.inference_mode():
+        for batch in (x, x[:1]):
+            assert difference(model(batch), serving(batch)) < 1e-5
+
+
+def test_sizes_that_agree_in_the_example_alone():
+    """A pooled map has the size of the other one where the image is that small: later it is spread out."""
+    model = Net(lambda net, x: net.a(x) + net.c(net.a(x).mean((2, 3), keepdim=True))).eval()
+    serving = mfp.compact(model, torch.randn(1, 6, 1, 1), fold_bn=True)
+    assert isinstance(serving.c, ServingJoin2d)
+    with torch.inference_mode():
+        assert difference(model(images()), serving(images())) < 1e-5
+
+
+@pytest.mark.parametrize("groups", [1, 24])
+@pytest.mark.parametrize("change", ["in place", "bias in place", "data", "new parameter"])
+def test_changed_parameters_are_packed_again(change, groups):
+    model = Net(lambda net, x: net.b(net.a(x)), groups).eval()
+    x = images()
+    serving = mfp.compact(model, x[:1], fold_bn=True)
+    with torch.inference_mode():
+        before = serving(x)
+    with torch.no_grad():
+        if change == "in place":
+            serving.b.weight.mul_(2)
+            serving.b.bias.mul_(2)
+        elif change == "bias in place":
+            serving.b.bias.add_(1)
+        elif change == "data":
+            serving.b.weight.data, serving.b.bias.data = 2 * serving.b.weight.data, 2 * serving.b.bias.data
+        else:
+            serving.b.weight, serving.b.bias = (nn.Parameter(2 * p.data) for p in (serving.b.weight, serving.b.bias))
+    with torch.inference_mode():
+        assert difference(serving(x), before + 1 if change == "bias in place" else 2 * before) < 1e-6
+
+
+@pytest.mark.parametrize("form", ["gradients", "reference", "float64", "deepcopy", "file"])
+def test_everywhere_the_same_result(form, monkeypatch, tmp_path):
+    def block(net, x):
+        x = F.relu(net.a(x))
+        return F.relu(x + net.c(F.relu(net.b(x))))
+
+    model, x = Net(block).eval(), images()
+    serving = mfp.compact(model, x[:1], fold_bn=True)
+    with torch.inference_mode():
+        expected = serving(x)
+    if form == "gradients":
+        assert difference(serving(x).detach(), expected) < 1e-5
+        serving(x).sum().backward()
+        assert all(parameter.grad is not None for parameter in serving.parameters() if parameter is not model.table)
+        return
+    if form == "reference":
+        monkeypatch.setenv("MFP_BACKEND", "reference")
+    if form == "float64":
+        serving, x, expected = serving.double(), x.double(), expected.double()
+    if form == "deepcopy":
+        serving = copy.deepcopy(serving)
+    if form == "file":
+        mfp.save(serving, tmp_path / "small.mfp")
+        serving = mfp.load(tmp_path / "small.mfp")
+        assert isinstance(serving.c, ServingJoin2d)
+        assert serving.c.inplace
+        assert serving.c.relu
+    with torch.inference_mode():
+        assert difference(serving(x), expected) < 1e-5
