@@ -226,7 +226,7 @@ def _config(name: str, module: nn.Module) -> dict[str, Any]:
     config = {}
     keys = list(inspect.signature(cls.__init__).parameters)
     if isinstance(module, own.ServingConv2d):
-        keys = [key for kind in cls.__mro__[:-1] if issubclass(kind, nn.Conv2d)
+        keys = [key for kind in cls.__mro__ if issubclass(kind, nn.Conv2d)
                 for key in inspect.signature(kind.__init__).parameters if key not in ("args", "kwargs")]  # fmt: skip
     for key in keys:
         value = getattr(module, key, inspect.Parameter.empty)

@@ -1,7 +1,8 @@
 """The ops: schemas, fake kernels, argument checks, and the step from a call to a backend.
 
-The only file that names ``torch.ops.mfp``. The compiled part implements these schemas for the CPU and for CUDA; the
-plain-torch reference stands in on any other device, and Triton is called directly when it is the chosen backend.
+The only file that names ``torch.ops.mfp``. The compiled part implements these schemas for the CPU and, except for the
+convs, for CUDA; the plain-torch reference stands in on any other device, and Triton is called directly when it is the
+chosen backend.
 """
 
 from __future__ import annotations
@@ -61,11 +62,8 @@ def _(weights, followers, follower_layers, num_pruned, kinds, exponents, chosen)
 
 @torch.library.register_fake("mfp::conv2d", lib=_library)
 def _(input, weights, bias, filters, stride, padding, dilation, low, high):
-    sizes = [
-        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
-        for size, kernel, s, p, d in zip(input.shape[2:], weights.shape[1:3], stride, padding, dilation, strict=True)
-    ]
-    return input.new_empty((len(input), filters, *sizes)).to(memory_format=torch.channels_last)
+    sizes = conv2d_sizes(input.shape[2:], weights.shape[1:3], stride, padding, dilation)
+    return input.new_empty((input.shape[0], filters, *sizes)).to(memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("mfp::conv2d_join_", lib=_library)
@@ -299,6 +297,14 @@ def scatter_add_(
 CONV_BLOCK = 16  # filters that lie side by side in packed weights
 
 
+def conv2d_sizes(
+    sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Height and width of a convolution's result."""
+    parts = zip(sizes, kernel, stride, padding, dilation, strict=True)
+    return [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in parts]
+
+
 def pack_conv2d(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """A conv's weight ``[F, C, H, W]`` and bias ``[F]`` as the conv ops read them: ``[F / 16, H, W, C, 16]``, ``[F]``.
 
@@ -328,8 +334,9 @@ def conv2d(
 ) -> Tensor:
     """A convolution clamped between ``low`` and ``high`` (ReLU: 0 and inf), without gradients; channels_last.
 
-    Each output is summed in one order, bitwise the same for any batch and any number of threads. The one kernel is for
-    the CPU, and the caller sees to it that it is the chosen backend there; elsewhere torch's own convolution runs.
+    Each output is summed in one order: with finite weights bitwise the same for any batch and number of threads. The
+    one kernel is for the CPU, and the caller sees to it that it is the chosen backend there; elsewhere torch's own
+    convolution runs.
 
     Args:
         input: float32 ``[B, C, H, W]``.

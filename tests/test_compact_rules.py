@@ -201,6 +201,25 @@ def test_module_called_twice_is_cut_once():
         assert sum(isinstance(m, nn.Conv2d) for m in small.modules()) == 3
 
 
+def test_a_network_that_overwrites_its_input_leaves_the_example_alone():
+    class Overwrites(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            y = self.first(x)
+            return y + self.second(torch.relu_(x))
+
+    torch.manual_seed(0)
+    model, x = Overwrites().eval(), torch.randn(1, 3, 5, 5)
+    before = x.clone()
+    small = mfp.compact(model, x)
+    assert torch.equal(x, before)
+    with torch.no_grad():
+        assert difference(model(x.clone()), small(x.clone())) < 1e-6
+
+
 def test_in_place_operations_keep_their_meaning():
     class InPlace(nn.Module):
         def __init__(self):

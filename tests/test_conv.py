@@ -29,11 +29,10 @@ CASES = [
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def isa(request, monkeypatch):
+    levels = ["portable", "avx2", "avx512"]
+    if levels.index(request.param) > levels.index(backend.build_info()["cpu_isa"]):
+        pytest.skip(f"this machine has no {request.param}")
     monkeypatch.setenv("MFP_CPU_ISA", request.param)
-    try:
-        ops.scatter_add_(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([0]), backend="cpu")
-    except RuntimeError as error:
-        pytest.skip(str(error))
 
 
 def small_integers(*shape, generator):
@@ -65,7 +64,7 @@ def test_equals_torch_bitwise_on_whole_numbers(isa, case):
         residual = small_integers(len(x), channels, *expected.shape[2:], generator=generator)
         for relu in (False, True):
             right = residual.index_add(1, index, expected)
-            actual = residual.clone(memory_format=CL).contiguous(memory_format=CL)
+            actual = residual.clone(memory_format=CL)
             ops.conv2d_join_(actual, x, *packed, index, *geometry, relu)
             assert torch.equal(actual, right.relu() if relu else right)
 
@@ -104,6 +103,7 @@ def test_nothing_outside_the_residual_is_touched(isa):
     assert (around[:32] == 7).all()
     assert (around[-32:] == 7).all()
     assert (residual[:, 1::2] == 7).all()
+    assert (residual[:, [0, 20]] == 7).all()
     assert not (residual[:, 2:20:2] == 7).any()
 
 
@@ -137,7 +137,9 @@ def test_empty_batch():
     ({"filters": 0}, "0 filters in 1 blocks"),
     ({"index": torch.tensor([0, 2, 1, 3])}, "strictly increasing"),
     ({"index": torch.tensor([0, 1, 2, 6])}, "below 6"),
-    ({"residual": torch.zeros(1, 6, 4, 3)}, "residual is"),
+    ({"residual": torch.zeros(1, 6, 4, 3).contiguous(memory_format=CL)}, "residual is"),
+    ({"residual": torch.zeros(1, 6, 3, 4).contiguous(memory_format=CL)}, "residual is"),
+    ({"weights": torch.zeros(0, 3, 3, 2, 16), "bias": torch.zeros(0), "filters": 0}, "weights"),
     ({"residual": torch.zeros(1, 6, 3, 3)}, "expected channels_last"),
     ({"residual": torch.zeros(2, 6, 3, 3).contiguous(memory_format=CL)}, "residual is"),
 ])  # fmt: skip

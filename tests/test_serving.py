@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from compact_cases import difference, masked
 from torch import nn
 
 import mfp
+from mfp import ops
 from mfp.compact.modules import FusedJoin, ServingConv2d, ServingJoin2d
-from mfp.train.models import CifarResNet
 
 
 def served(model: nn.Module, x: torch.Tensor) -> nn.Module:
@@ -32,6 +33,7 @@ class Net(nn.Module):
         self.a = nn.Conv2d(6, 24, 3, padding=1)
         self.b = nn.Conv2d(24, 24, 3, padding=1, groups=groups)
         self.c = nn.Conv2d(24, 24, 1)
+        self.same = nn.AlphaDropout()
         self.table = nn.Parameter(torch.randn(1, 24, 12, 12))
         self.function = function
 
@@ -58,13 +60,29 @@ def test_joins_and_activations_are_computed_in_the_convs():
     assert serving.c.inplace
 
 
-def test_joins_of_a_masked_resnet():
+def test_mfps_op_computes_them_and_writes_into_the_residual(monkeypatch):
+    called = []
+    for name in ("conv2d", "conv2d_join_"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(
+            ops, name, lambda *args, op=op: (called.append((op.__name__, args[0].data_ptr())), op(*args))[1]
+        )
+    model = Net(lambda net, x: F.relu(F.relu(net.a(x)) + net.c(net.b(net.a(x)))))
+    serving = mfp.compact(model.eval(), images(), fold_bn=True)
+    with torch.inference_mode():
+        called.clear()
+        result = serving(images())
+    assert [name for name, _ in called] == ["conv2d", "conv2d", "conv2d", "conv2d_join_"][-len(called) :]
+    assert called[-1] == ("conv2d_join_", result.data_ptr())
+
+
+def test_all_joins_of_a_masked_resnet_are_in_convs():
     torch.manual_seed(0)
-    model = masked(CifarResNet(20), mask_bn=True)
-    serving = mfp.compact(model, torch.zeros(1, 3, 32, 32), fold_bn=True)
-    assert sum(isinstance(module, ServingJoin2d) for module in serving.modules()) == 7
-    assert sum(isinstance(module, FusedJoin) for module in serving.modules()) == 2  # the padded shortcuts
-    x = torch.randn(4, 3, 32, 32)
+    model = masked(torchvision.models.resnet18(num_classes=10), mask_bn=True)
+    serving = mfp.compact(model, torch.zeros(1, 3, 64, 64), fold_bn=True)
+    assert sum(isinstance(module, ServingJoin2d) for module in serving.modules()) == 8
+    assert not any(isinstance(module, FusedJoin) for module in serving.modules())
+    x = torch.randn(2, 3, 80, 72)
     with torch.inference_mode():
         assert difference(model.eval()(x), serving(x)) < 1e-5
 
@@ -75,6 +93,7 @@ def test_joins_of_a_masked_resnet():
     (lambda net, x: (lambda y: (y + net.c(net.b(y)), y))(net.a(x))[0], True),
     (lambda net, x: (lambda y, z: (y + net.c(z)) * y)(net.a(x), net.b(net.a(x))), False),  # read afterwards
     (lambda net, x: (lambda y: y.view_as(y) + net.c(y))(net.a(x)), False),  # a view of what the conv reads
+    (lambda net, x: (lambda y: y + net.b(net.same(y)))(net.a(x)), False),  # returns what it is given
 ])  # fmt: skip
 def test_memory_is_overwritten_only_where_nothing_reads_it(function, inplace):
     serving = served(Net(function), images())
@@ -117,6 +136,44 @@ def test_what_cannot_be_fused_is_computed_all_the_same(function, groups):
             assert difference(model(batch), serving(batch)) < 1e-5
 
 
+@pytest.mark.parametrize("function", [
+    lambda net, x: (lambda y: net.b(y) + net.c(y) + y)(net.a(x)),
+    lambda net, x: (lambda y: y + F.relu(net.a(x) + net.c(y)))(net.b(net.a(x))),
+    lambda net, x: (lambda y: y + (net.b(y) + net.c(y)))(net.a(x)),
+])  # fmt: skip
+def test_sums_of_three(function):
+    served(Net(function), images())
+
+
+def test_a_conv_is_not_put_off_past_a_write_to_its_input():
+    def function(net, x):
+        y = net.a(x)
+        z = net.c(y)
+        torch.clamp_(y, 0, 0.1)
+        return y + z
+
+    served(Net(function), images())
+
+
+def test_hooks_stay():
+    model = Net(lambda net, x: net.c(F.relu(net.a(x))))
+    model.c.register_forward_hook(lambda module, inputs, output: output * 2)
+    served(model, images())
+
+
+def test_a_piece_of_the_users_may_return_its_input():
+    class Pass(nn.Module):
+        def forward(self, x):
+            return x
+
+    model = Net(lambda net, x: (lambda y: y + net.b(net.same(y)))(net.a(x))).eval()
+    model.same = Pass()
+    serving = mfp.compact(model, images(), fold_bn=True, leaf_modules=[Pass])
+    assert not serving.b.inplace
+    with torch.inference_mode():
+        assert difference(model(images()), serving(images())) < 1e-5
+
+
 def test_sizes_that_agree_in_the_example_alone():
     """A pooled map has the size of the other one where the image is that small: later it is spread out."""
     model = Net(lambda net, x: net.a(x) + net.c(net.a(x).mean((2, 3), keepdim=True))).eval()
@@ -127,7 +184,7 @@ def test_sizes_that_agree_in_the_example_alone():
 
 
 @pytest.mark.parametrize("groups", [1, 24])
-@pytest.mark.parametrize("change", ["in place", "bias in place", "data", "new parameter"])
+@pytest.mark.parametrize("change", ["in place", "bias in place", "data", "data twice", "new parameter"])
 def test_changed_parameters_are_packed_again(change, groups):
     model = Net(lambda net, x: net.b(net.a(x)), groups).eval()
     x = images()
@@ -142,6 +199,10 @@ def test_changed_parameters_are_packed_again(change, groups):
             serving.b.bias.add_(1)
         elif change == "data":
             serving.b.weight.data, serving.b.bias.data = 2 * serving.b.weight.data, 2 * serving.b.bias.data
+        elif change == "data twice":  # the second may lie where the first one was
+            for factor in (4, 0.5):
+                for parameter in (serving.b.weight, serving.b.bias):
+                    parameter.data = factor * parameter.data
         else:
             serving.b.weight, serving.b.bias = (nn.Parameter(2 * p.data) for p in (serving.b.weight, serving.b.bias))
     with torch.inference_mode():

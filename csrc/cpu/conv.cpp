@@ -5,24 +5,24 @@
 namespace mfp::cpu {
 
 PixelOrder::PixelOrder(const Conv& conv, int tile_pixels) : batch_(conv.batch) {
-  // Per dimension: stretches of outputs that have the same taps, those with all of them (one stretch) marked.
-  struct Stretch {
+  // Per dimension: segments of outputs that have the same taps; one of them has all.
+  struct Segment {
     int64_t first, last;
     bool inside;
   };
-  std::vector<Stretch> stretches[2];
+  std::vector<Segment> segments[2];
   for (int d = 0; d < 2; ++d) {
     const int64_t room = conv.size[d] - 1 + conv.padding[d] - (conv.kernel[d] - 1) * conv.dilation[d];
     const int64_t first = std::min((conv.padding[d] + conv.stride[d] - 1) / conv.stride[d], conv.out_size[d]);
     const int64_t last = room < 0 ? first : std::clamp(room / conv.stride[d] + 1, first, conv.out_size[d]);
-    for (int64_t at = 0; at < conv.out_size[d]; at = stretches[d].back().last) {
+    for (int64_t at = 0; at < conv.out_size[d]; at = segments[d].back().last) {
       const bool inside = at >= first && at < last;
-      stretches[d].push_back({at, inside ? last : at + 1, inside});
+      segments[d].push_back({at, inside ? last : at + 1, inside});
     }
   }
   std::vector<Group> border;
-  for (const Stretch& rows : stretches[0]) {
-    for (const Stretch& columns : stretches[1]) {
+  for (const Segment& rows : segments[0]) {
+    for (const Segment& columns : segments[1]) {
       const int64_t height = rows.last - rows.first, width = columns.last - columns.first;
       Group group = {rows.inside && columns.inside, rows.first, columns.first, width, batch_ * height * width, 0, 0};
       if (group.inside) {

@@ -17,8 +17,8 @@ constexpr int kTilePixels = tile_pixels(kLanes == 16 ? Isa::avx512 : kLanes == 8
 constexpr int kTileVectors = kLanes == 16 ? 3 : kBlock / kLanes;
 constexpr int64_t kFewWeights = 1 << 15;
 
-// The few types that follow are also what the vectors below hold: functions of a std::vector<float> compiled here could
-// end up, by the linker's choice, in code for other processors.
+// Types of this namespace, for the vectors that grow here: functions of a std::vector<float> compiled here could end
+// up, by the linker's choice, in code for other processors.
 struct Run {
   const float* input;
 };
@@ -163,14 +163,14 @@ struct Spot {
   int64_t out;          // its number in the output
 };
 
-struct Spots {
+struct TileStart {
   int64_t first;  // the tile's first spot; the next tile's begins where it ends
   bool inside;
 };
 
 // The pixels of a range of tiles.
 void find_spots(const Conv& conv, const PixelOrder& order, int64_t first_tile, int64_t last_tile,
-                std::vector<Spot>& spots, std::vector<Spots>& tiles) {
+                std::vector<Spot>& spots, std::vector<TileStart>& tiles) {
   spots.clear(), tiles.clear();
   order.walk(
       first_tile, last_tile, [&](bool inside) { tiles.push_back({static_cast<int64_t>(spots.size()), inside}); },
@@ -222,7 +222,7 @@ void conv_task(const Conv& shared, const PixelOrder& order, const ConvTasks& tas
   const Conv conv = shared;  // the original lies among variables that another thread writes
   const int64_t filter_range = task / tasks.tile_ranges, tile_range = task % tasks.tile_ranges;
   static thread_local std::vector<Spot> spots;
-  static thread_local std::vector<Spots> tiles;
+  static thread_local std::vector<TileStart> tiles;
   find_spots(conv, order, order.tiles() * tile_range / tasks.tile_ranges,
              order.tiles() * (tile_range + 1) / tasks.tile_ranges, spots, tiles);
   static thread_local std::vector<Strip> strips;

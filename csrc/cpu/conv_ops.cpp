@@ -21,7 +21,7 @@ typedef at::IntArrayRef Sizes;
 Conv describe(const char* op, const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, Sizes stride,
               Sizes padding, Sizes dilation) {
   TORCH_CHECK(input.dim() == 4 && weights.dim() == 5 && weights.size(4) == kBlock && weights.is_contiguous() &&
-                  input.size(1) == weights.size(3),
+                  weights.size(0) > 0 && input.size(1) == weights.size(3),
               op, ": input is ", input.sizes(), ", weights ", weights.sizes(),
               "; expected [B, C, H, W] and [blocks, kernel height, kernel width, C, 16], contiguous");
   TORCH_CHECK(bias.dim() == 1 && bias.is_contiguous() && bias.numel() == weights.size(0) * kBlock, op, ": bias is ",

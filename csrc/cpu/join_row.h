@@ -38,9 +38,9 @@ struct Places {
     }
   }
 };
-static constexpr Places places;  // no code of this instruction set may run when the library is loaded
+static constexpr Places spread_places;  // no code of this instruction set may run when the library is loaded
 inline Vec spread(Vec next, uint32_t bits) {
-  const __m256i place = _mm256_load_si256(reinterpret_cast<const __m256i*>(places.of[bits]));
+  const __m256i place = _mm256_load_si256(reinterpret_cast<const __m256i*>(spread_places.of[bits]));
   const __m256 spread = _mm256_permutevar8x32_ps((__m256)next, place);
   return (Vec)_mm256_blendv_ps(spread, _mm256_setzero_ps(), _mm256_castsi256_ps(place));
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 from mfp.compact.builder import Builder
 from mfp.compact.channels import Network
@@ -27,7 +28,7 @@ __all__ = ["CompactReport", "compact", "compact_optimizer", "count_parameters", 
 
 
 BEYOND_ROUNDING = {torch.float16: 0.1, torch.bfloat16: 0.3}  # others: 1e-2
-SERVING_MULTIPLE = 8  # floats of an AVX2 vector, half floats of a tensor core's tile
+SERVING_BYTES = 16  # rows of channels should start at a multiple: 4 floats, 8 half floats as tensor cores take them
 
 
 def compact(
@@ -50,7 +51,7 @@ def compact(
         example_input: a tensor, a tuple of positional arguments or a dict of named ones, on the model's device.
             It fixes shapes, not sizes: the result takes any batch size, and any image size the model takes.
         fold_bn: the serving form: BatchNorm folded into the convs before it, channels_last weights, fused joins,
-            numbers of filters filled up to a multiple of 8 with zeroed ones, which takes less time than odd numbers.
+            numbers of filters filled up with zeroed ones to a multiple of 16 bytes (odd numbers take longer).
         leaf_modules: names or classes of submodules to leave as one opaque piece each.
     Raises MfpError when the model cannot be traced or run on the example.
     """
@@ -62,7 +63,7 @@ def compact(
         expected = record_shapes(traced, arguments)
         opaque = normalize(traced)
         net = analyse(traced.graph, dict(traced.named_modules()), opaque)
-        build = write(net, SERVING_MULTIPLE if fold_bn else 1)
+        build = write(net, serving_multiple(model) if fold_bn else 1)
     small = finish(build, type(model).__name__, arguments if fold_bn else None)
     restore_modes(small, modes)
     difference = check(small, arguments, expected, model)
@@ -70,6 +71,12 @@ def compact(
         small.origins = origins(model, small, build)
     small.report = make_report(model, small, net, build, example_input, difference)
     return small
+
+
+def serving_multiple(model: nn.Module) -> int:
+    """What numbers of filters are filled up to in the serving form."""
+    sizes = [parameter.element_size() for parameter in model.parameters()]
+    return SERVING_BYTES // min([4, *sizes])
 
 
 def origins(model: nn.Module, small: fx.GraphModule, build: Builder) -> dict[str, Origin]:
@@ -83,9 +90,14 @@ def origins(model: nn.Module, small: fx.GraphModule, build: Builder) -> dict[str
     return found
 
 
+def copies(arguments: dict[str, Any]) -> list[Any]:
+    """The example's values, for a network that may overwrite them."""
+    return tree_map_only(Tensor, Tensor.clone, list(arguments.values()))
+
+
 def record_shapes(traced: fx.GraphModule, arguments: dict[str, Any]) -> Any:
     try:
-        return ShapeRecorder(traced).run(*arguments.values())
+        return ShapeRecorder(traced).run(*copies(arguments))
     except Exception as error:
         shapes = {key: tuple(v.shape) for key, v in arguments.items() if isinstance(v, Tensor)}
         reason = str(error).split("\n")[0]
@@ -118,7 +130,7 @@ def check(small: fx.GraphModule, arguments: dict[str, Any], expected: Any, model
     A difference beyond all rounding is a fault of this package, and an error.
     """
     with eval_mode(small), torch.no_grad():
-        actual = small(*arguments.values())
+        actual = small(*copies(arguments))
     worst = 0.0
     for a, b in zip(tensors_in(actual), tensors_in(expected), strict=True):
         if a.shape != b.shape:

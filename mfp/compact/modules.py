@@ -1,6 +1,6 @@
 """The few modules that a compact network has besides torch's own: joins by index, selections and border maps.
 
-Each one runs plain torch operations, so that it exports everywhere.
+Under export and compilation each one is plain torch operations, so that it goes everywhere.
 """
 
 from __future__ import annotations
@@ -159,22 +159,25 @@ CLAMPS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0,
 class ServingConv2d(nn.Conv2d):
     """conv and activation in one, with the weight packed once for this processor: for serving on a CPU.
 
-    Ungrouped convs run as mfp's op, others as oneDNN's. torch packs a plain conv's weight anew at each call, which
-    costs a 1x1 conv as much time as its arithmetic. The packed copy is made at the first call without gradients and
-    renewed when the parameters change; wherever it does not apply (gradients, export, other devices and dtypes), this
-    is an ordinary conv and activation.
+    Convs without groups, with no activation or a clamp, run as mfp's op, others as oneDNN's. torch packs a plain conv's
+    weight anew at each call, which costs a 1x1 conv as much time as its arithmetic. The packed copy is made at the
+    first call without gradients and renewed when the parameters change; wherever it does not apply (gradients, export,
+    other devices and dtypes), this is an ordinary conv and activation.
     """
 
     mfp_leaf = True
-    _packed: tuple[tuple, Any] | None = None
+    _packed: tuple[tuple | None, Any, Any] = (None, None, None)  # state, weights, the parameters' memory
 
     def __init__(self, *args, activation: str = "none", **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fits_op(x):
-            return ops.conv2d(x, *self.packed(self.pack), *CLAMPS[self.activation])
+        if self.runs_op(x):
+            weight, bias = self.packed(self.pack)
+            return ops.conv2d(
+                x, weight, bias, self.out_channels, self.stride, self.padding, self.dilation, *CLAMPS[self.activation]
+            )
         name, numbers, function = ACTIVATIONS[self.activation]
         if not (ONEDNN and self.is_plain(x)):
             return function(super().forward(x))
@@ -183,8 +186,8 @@ class ServingConv2d(nn.Conv2d):
             x, weight, self.bias, self.padding, self.stride, self.dilation, self.groups, name, numbers, ""
         )
 
-    def fits_op(self, x: Tensor) -> bool:
-        """Whether mfp's op may run."""
+    def runs_op(self, x: Tensor) -> bool:
+        """Whether the call is one for mfp's op."""
         if self.groups != 1 or self.activation not in CLAMPS or not self.is_plain(x):
             return False
         return backends.choose(x.device).name == "cpu"
@@ -197,15 +200,16 @@ class ServingConv2d(nn.Conv2d):
 
     def packed(self, pack: Callable[..., Any], *sizes: torch.Size) -> Any:
         """``pack(*sizes)``, kept until the parameters or the sizes change."""
-        state = (*sizes, *version_of(self.weight), *version_of(self.bias))
-        if self._packed is None or self._packed[0] != state:
-            self._packed = (state, pack(*sizes))
-        return self._packed[1]
+        state, packed, _ = self._packed  # once: another thread may renew it
+        now = (*sizes, *version_of(self.weight), *version_of(self.bias))
+        if state != now:
+            packed = pack(*sizes)
+            memory = [None if p is None else p.detach() for p in (self.weight, self.bias)]  # not to be given to others
+            self._packed = (now, packed, memory)
+        return packed
 
-    def pack(self) -> tuple:
-        """The arguments of ``ops.conv2d`` that stay the same."""
-        weight, bias = ops.pack_conv2d(self.weight.detach(), None if self.bias is None else self.bias.detach())
-        return weight, bias, self.out_channels, self.stride, self.padding, self.dilation
+    def pack(self) -> tuple[Tensor, Tensor]:
+        return ops.pack_conv2d(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
     def pack_for_onednn(self, shape: torch.Size) -> Tensor:
         weight = self.weight.detach().to_mkldnn()
@@ -217,11 +221,11 @@ class ServingConv2d(nn.Conv2d):
         return {key: value for key, value in self.__dict__.items() if key != "_packed"}
 
 
-def version_of(tensor: Tensor | None) -> tuple[int, int]:
-    """Changes when the tensor's values do."""
+def version_of(tensor: Tensor | None) -> tuple:
+    """Changes when the tensor's values do, but for inference tensors, which keep no count of writes."""
     if tensor is None:
-        return 0, 0
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+        return (None,)
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.shape
 
 
 class ServingJoin2d(ServingConv2d):
@@ -233,18 +237,19 @@ class ServingJoin2d(ServingConv2d):
         self.register_buffer("index", index)
 
     def forward(self, residual: Tensor, x: Tensor) -> Tensor:
-        if not self.fits_op(x) or residual.dtype != x.dtype or not self.is_alike(residual, x):
+        geometry = self.stride, self.padding, self.dilation
+        if not self.runs_op(x) or residual.dtype != x.dtype or not self.is_alike(residual, x):
             return joined(residual, super().forward(x), self.index, self.relu)
-        weight, bias, _, *geometry = self.packed(self.pack)
-        channels_last = residual.is_contiguous(memory_format=torch.channels_last)
-        out = residual if self.inplace and channels_last else residual.clone(memory_format=torch.channels_last)
-        ops.conv2d_join_(out, x, weight, bias, self.index, *geometry, self.relu)
-        return out
+        weight, bias = self.packed(self.pack)
+        own = self.inplace and residual.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+        if not (own and residual.is_contiguous(memory_format=torch.channels_last)):
+            residual = residual.clone(memory_format=torch.channels_last)
+        ops.conv2d_join_(residual, x, weight, bias, self.index, *geometry, self.relu)
+        return residual
 
     def is_alike(self, residual: Tensor, x: Tensor) -> bool:
         """Whether the conv's result has the residual's batch and image size: else torch broadcasts."""
-        parts = zip(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
-        sizes = [(size + 2 * p - d * (kernel - 1) - 1) // s + 1 for size, kernel, s, p, d in parts]
+        sizes = ops.conv2d_sizes(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation)
         return len(residual) == len(x) and list(residual.shape[2:]) == sizes
 
 

@@ -24,7 +24,8 @@ FUNCTIONS_WITH_SWITCH = {  # position of the inplace argument
 VIEWS = {
     "view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "narrow",
     "contiguous", "detach", "expand", "view_as", "expand_as", "to", "float", "type", "getitem", "swapaxes", "movedim",
-    "unbind", "select", "Identity", "Flatten", "Unflatten", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d",
+    "unbind", "select", "unflatten", "type_as", "Identity", "Flatten", "Unflatten",
+    "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout",
 }  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def drop_inactive_dropout(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return getattr(modules[node.target], "inplace", False) is True
     if node.op == "call_method":
@@ -76,7 +77,8 @@ def _is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return False
     position = FUNCTIONS_WITH_SWITCH.get(node.target)
     switch = node.args[position] if position and len(node.args) > position else node.kwargs.get("inplace", False)
-    return node.target in IN_PLACE_FUNCTIONS or bool(switch)
+    name = getattr(node.target, "__name__", "")
+    return node.target in IN_PLACE_FUNCTIONS or bool(switch) or (name.endswith("_") and not name.endswith("__"))
 
 
 def make_functional(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, str]:
@@ -89,7 +91,7 @@ def make_functional(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.N
     aliases = alias_families(graph, modules)
     opaque: dict[fx.Node, str] = {}
     for node in list(graph.nodes):
-        if not _is_in_place(node, modules):
+        if not is_in_place(node, modules):
             continue
         target = node.args[0] if node.args else node.kwargs.get("input")
         if not isinstance(target, fx.Node) or "scalar" in target.meta:
@@ -97,7 +99,8 @@ def make_functional(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.N
         family = aliases[target]
         earlier = [alias for alias in family if alias is not target and order[alias] < order[node]]
         seen_elsewhere = any(order[user] > order[node] for alias in earlier for user in alias.users)
-        known = node.op != "call_method" or node.target in IN_PLACE_METHODS
+        understood = (IN_PLACE_METHODS, IN_PLACE_FUNCTIONS, FUNCTIONS_WITH_SWITCH)
+        known = node.op == "call_module" or any(node.target in names for names in understood)
         if seen_elsewhere or not known:
             opaque.update(dict.fromkeys({*family, node}, "overwritten in place while a view of it is in use"))
             continue
@@ -122,18 +125,17 @@ def alias_families(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.No
     family: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.nodes:
         family[node] = {node}
-        target = node.target
-        if node.op == "call_module":
-            name = type(modules[target]).__name__
-        else:
-            name = target if isinstance(target, str) else getattr(target, "__name__", "")
-        if node.op in ("call_module", "call_function", "call_method") and (
-            name in VIEWS or _is_in_place(node, modules)
-        ):
-            for source in node.all_input_nodes[:1]:
-                family[source] |= family[node]
-                for member in family[source]:
-                    family[member] = family[source]
+        if node.op not in ("call_module", "call_function", "call_method"):
+            continue
+        kind = type(modules[node.target]) if node.op == "call_module" else node.target
+        name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
+        sources = node.all_input_nodes[:1] if name in VIEWS or is_in_place(node, modules) else []
+        if node.op == "call_module" and not kind.__module__.startswith(("torch.nn.", "mfp.compact.")):
+            sources = node.all_input_nodes  # a piece of the user's may return what it was given
+        for source in sources:
+            family[source] |= family[node]
+            for member in family[source]:
+                family[member] = family[source]
     return family
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mfp.compact.modules import FusedJoin, ResidualJoin, ServingConv2d, ServingJoin2d
-from mfp.compact.normalize import ShapeRecorder, alias_families
+from mfp.compact.modules import ExpandChannels, FusedJoin, ResidualJoin, ServingConv2d, ServingJoin2d
+from mfp.compact.normalize import ShapeRecorder, alias_families, is_in_place
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.LeakyReLU, nn.ELU)
 FUSED_ACTIVATIONS = {
@@ -31,6 +31,7 @@ def prepare_for_serving(small: fx.GraphModule, arguments: dict[str, Any]) -> Non
     ShapeRecorder(small).run(*arguments.values())
     fuse_joins(small)
     pack_convs(small)
+    expand_the_other(small)
     join_in_convs(small)
     reuse_memory(small)
     small.graph.lint()
@@ -98,7 +99,8 @@ def pack_convs(small: fx.GraphModule) -> None:
     modules = dict(small.named_modules())
     calls: dict[str, list[fx.Node]] = {}
     for node in small.graph.nodes:
-        if node.op == "call_module" and type(modules[node.target]) is nn.Conv2d:
+        module = modules[node.target] if node.op == "call_module" else None
+        if type(module) is nn.Conv2d and not module._forward_hooks and not module._forward_pre_hooks:
             calls.setdefault(node.target, []).append(node)
     for target, nodes in calls.items():
         found = activation_behind(nodes[0], modules) if len(nodes) == 1 else None
@@ -119,6 +121,29 @@ def with_parameters_of(conv: nn.Conv2d, kind: type[ServingConv2d], **settings) -
     return new.train(conv.training)
 
 
+def expand_the_other(small: fx.GraphModule) -> None:
+    """A sum of an expanded conv and something else: the other one is expanded, so that the conv can join in."""
+    modules = dict(small.named_modules())
+    for node in list(small.graph.nodes):
+        join = modules[node.target] if node.op == "call_module" else None
+        if not isinstance(join, FusedJoin) or node.args[0].op != "call_module":
+            continue
+        expanded, other = node.args
+        expand = modules[expanded.target]
+        plain = isinstance(expand, ExpandChannels) and expand.in_order and expand.fill is None and expand.dim == 1
+        if not plain or len(expanded.users) > 1 or not can_join(expanded.args[0], modules):
+            continue
+        name = free_name(small, f"{node.name}_expand")
+        every = torch.arange(len(join.index), device=join.index.device)
+        small.add_submodule(name, ExpandChannels(every, join.index, expand.width, 1, in_order=True))
+        with small.graph.inserting_before(node):
+            new = small.graph.call_module(name, (other,))
+        new.meta.update(expanded.meta)
+        node.args = (new, expanded.args[0])
+        join.index = expand.index
+        small.graph.erase_node(expanded)
+
+
 def join_in_convs(small: fx.GraphModule) -> None:
     """A FusedJoin and the conv whose result it alone reads become a ServingJoin2d."""
     modules = dict(small.named_modules())
@@ -131,11 +156,10 @@ def join_in_convs(small: fx.GraphModule) -> None:
         if len(join.index) == node.meta["shape"][1]:
             orders.append(node.args[::-1])  # a sum of two whole tensors
         for residual, branch in orders:
-            if can_join(branch, modules) and calls[branch.target] == 1:
-                new = with_parameters_of(
-                    modules[branch.target], ServingJoin2d, index=join.index, relu=join.relu
-                )  # fmt: skip
+            if can_join(branch, modules) and calls[branch.target] == 1 and not writes_between(branch, node, modules):
+                new = with_parameters_of(modules[branch.target], ServingJoin2d, index=join.index, relu=join.relu)
                 replace_module(small, branch.target, new)
+                modules[branch.target] = new
                 with small.graph.inserting_before(node):
                     both = small.graph.call_module(branch.target, (residual, *branch.args))
                 both.meta.update(node.meta)
@@ -149,6 +173,16 @@ def can_join(branch: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether the node is a conv that can add its result into a residual, read by one node alone."""
     conv = modules[branch.target] if branch.op == "call_module" else None
     return type(conv) is ServingConv2d and len(branch.users) == 1 and conv.groups == 1 and conv.activation == "none"
+
+
+def writes_between(first: fx.Node, last: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether an operation between the two works in place: the first one cannot be put off then."""
+    node = first.next
+    while node is not last:
+        if is_in_place(node, modules):
+            return True
+        node = node.next
+    return False
 
 
 def replace_module(small: fx.GraphModule, target: str, module: nn.Module) -> None:
@@ -167,14 +201,10 @@ def reuse_memory(small: fx.GraphModule) -> None:
     modules = dict(small.named_modules())
     for node in list(small.graph.nodes):
         module = modules.get(node.target) if node.op == "call_module" else None
-        if isinstance(module, FusedJoin):
-            if (
-                not is_free_after(node, node.args[0], small.graph, modules)
-                and len(module.index) == node.meta["shape"][1]
-            ):
-                node.args = node.args[::-1]  # a sum of two whole tensors: either may be overwritten
-            module.inplace = is_free_after(node, node.args[0], small.graph, modules)
-        elif isinstance(module, ServingJoin2d):
+        whole = isinstance(module, FusedJoin) and len(module.index) == node.meta["shape"][1]
+        if whole and not is_free_after(node, node.args[0], small.graph, modules):
+            node.args = node.args[::-1]  # a sum of two whole tensors: either may be overwritten
+        if isinstance(module, FusedJoin | ServingJoin2d):
             module.inplace = is_free_after(node, node.args[0], small.graph, modules)
         elif type(module) in RECTIFIERS and is_free_after(node, node.args[0], small.graph, modules):
             own = copy.deepcopy(module)  # the module may be called elsewhere, where it must not overwrite

@@ -1,0 +1,63 @@
+"""Convolutions of the serving form, layer by layer: mfp's op against oneDNN's with packed weights, as torch runs it."""
+
+import pytest
+import torch
+
+from mfp import ops
+from mfp.compact.modules import ONEDNN, ServingConv2d
+
+# (image size, inputs, filters, kernel, stride, channels of the residual or 0): ResNet-50, dense and at rate 0.4
+LAYERS = [
+    (224, 3, 64, 7, 2, 0), (224, 3, 40, 7, 2, 0),
+    (56, 64, 64, 3, 1, 0), (56, 40, 40, 3, 1, 0), (56, 256, 64, 1, 1, 0), (56, 256, 40, 1, 1, 0),
+    (56, 64, 256, 1, 1, 256), (56, 40, 160, 1, 1, 256), (56, 80, 80, 3, 2, 0), (28, 80, 320, 1, 1, 512),
+    (14, 256, 256, 3, 1, 0), (14, 160, 160, 3, 1, 0), (14, 256, 1024, 1, 1, 1024), (14, 160, 616, 1, 1, 1024),
+    (7, 512, 512, 3, 1, 0), (7, 312, 312, 3, 1, 0), (7, 2048, 312, 1, 1, 0), (7, 312, 1232, 1, 1, 2048),
+]  # fmt: skip
+
+
+def text(layer) -> str:
+    size, inputs, filters, kernel, stride, residual = layer
+    join = f"-into-{residual}" if residual else ""
+    return f"{inputs}-to-{filters}{join}-{kernel}x{kernel}-stride{stride}-at{size}"
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("layer", LAYERS, ids=text)
+@pytest.mark.parametrize("who", ["mfp", "oneDNN"])
+def test_conv(benchmark, who, layer, batch):
+    if not ONEDNN:
+        pytest.skip("this torch has no packed convolutions of oneDNN")
+    size, inputs, filters, kernel, stride, channels = layer
+    torch.manual_seed(0)
+    conv = ServingConv2d(inputs, filters, kernel, stride, kernel // 2, activation="none" if channels else "relu").eval()
+    x = torch.randn(batch, inputs, size, size).contiguous(memory_format=torch.channels_last)
+    index = torch.randperm(max(channels, filters))[:filters].sort().values
+    with torch.inference_mode():
+        right = conv(x)
+        residual = torch.randn(batch, max(channels, filters), *right.shape[2:])
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        weight, bias, _, *geometry = conv.pack()
+        packed = conv.pack_for_onednn(x.shape)
+
+        def mfp():
+            if channels:
+                return ops.conv2d_join_(residual, x, weight, bias, index, *geometry, True)
+            return ops.conv2d(x, weight, bias, filters, *geometry, 0.0)
+
+        def onednn():
+            activation = "none" if channels else "relu"
+            branch = torch.ops.mkldnn._convolution_pointwise(
+                x, packed, conv.bias, conv.padding, conv.stride, conv.dilation, 1, activation, [], ""
+            )
+            return ops.scatter_add_(residual, branch, index, True) if channels else branch
+
+        run = mfp if who == "mfp" else onednn
+        if channels:
+            expected = residual.index_add(1, index, right).relu()
+            run()
+            assert (residual - expected).abs().max() < 1e-5 * expected.abs().max()
+        else:
+            assert (run() - right).abs().max() < 1e-5 * right.abs().max()
+        benchmark.extra_info["multiply-adds"] = right.numel() * conv.weight[0].numel()
+        benchmark.pedantic(run, rounds=20, warmup_rounds=2)
