@@ -37,7 +37,8 @@ def test_conv(benchmark, who, layer, batch):
         right = conv(x)
         residual = torch.randn(batch, max(channels, filters), *right.shape[2:])
         residual = residual.contiguous(memory_format=torch.channels_last)
-        weight, bias, _, *geometry = conv.pack()
+        weight, bias = conv.pack()
+        geometry = conv.stride, conv.padding, conv.dilation
         packed = conv.pack_for_onednn(x.shape)
 
         def mfp():
