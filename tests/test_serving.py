@@ -76,12 +76,12 @@ def test_mfps_op_computes_them_and_writes_into_the_residual(monkeypatch):
     assert called[-1] == ("conv2d_join_", result.data_ptr())
 
 
-def test_all_joins_of_a_masked_resnet_are_in_convs():
+def test_joins_of_a_masked_resnet():
     torch.manual_seed(0)
     model = masked(torchvision.models.resnet18(num_classes=10), mask_bn=True)
     serving = mfp.compact(model, torch.zeros(1, 3, 64, 64), fold_bn=True)
-    assert sum(isinstance(module, ServingJoin2d) for module in serving.modules()) == 8
-    assert not any(isinstance(module, FusedJoin) for module in serving.modules())
+    assert sum(isinstance(module, ServingJoin2d) for module in serving.modules()) == 7
+    assert sum(isinstance(module, FusedJoin) for module in serving.modules()) == 1  # the stem's, pruned itself
     x = torch.randn(2, 3, 80, 72)
     with torch.inference_mode():
         assert difference(model.eval()(x), serving(x)) < 1e-5
@@ -151,6 +151,16 @@ def test_a_conv_is_not_put_off_past_a_write_to_its_input():
         z = net.c(y)
         torch.clamp_(y, 0, 0.1)
         return y + z
+
+    served(Net(function), images())
+
+
+def test_a_join_is_not_put_off_past_a_write_to_its_residual():
+    def function(net, x):
+        y, z = net.a(x), net.b(net.a(x)).sigmoid()
+        total = y + z
+        torch.clamp_(y, 0, 0.1)
+        return F.relu(total) + y
 
     served(Net(function), images())
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mfp.compact.modules import ExpandChannels, FusedJoin, ResidualJoin, ServingConv2d, ServingJoin2d
+from mfp.compact.modules import FusedJoin, ResidualJoin, ServingConv2d, ServingJoin2d
 from mfp.compact.normalize import ShapeRecorder, alias_families, is_in_place
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.LeakyReLU, nn.ELU)
@@ -31,7 +31,6 @@ def prepare_for_serving(small: fx.GraphModule, arguments: dict[str, Any]) -> Non
     ShapeRecorder(small).run(*arguments.values())
     fuse_joins(small)
     pack_convs(small)
-    expand_the_other(small)
     join_in_convs(small)
     reuse_memory(small)
     small.graph.lint()
@@ -46,6 +45,8 @@ def fuse_joins(small: fx.GraphModule) -> None:
             continue
         residual, branch, index, bias = joined
         last, relu = node, only_relu_behind(node, modules)
+        if relu is not None and writes_between(node, relu, modules):
+            relu = None
         if relu is not None:
             last = relu
         name = free_name(small, f"{node.name}_fused")
@@ -119,29 +120,6 @@ def with_parameters_of(conv: nn.Conv2d, kind: type[ServingConv2d], **settings) -
         )  # fmt: skip
     new.weight, new.bias = conv.weight, conv.bias
     return new.train(conv.training)
-
-
-def expand_the_other(small: fx.GraphModule) -> None:
-    """A sum of an expanded conv and something else: the other one is expanded, so that the conv can join in."""
-    modules = dict(small.named_modules())
-    for node in list(small.graph.nodes):
-        join = modules[node.target] if node.op == "call_module" else None
-        if not isinstance(join, FusedJoin) or node.args[0].op != "call_module":
-            continue
-        expanded, other = node.args
-        expand = modules[expanded.target]
-        plain = isinstance(expand, ExpandChannels) and expand.in_order and expand.fill is None and expand.dim == 1
-        if not plain or len(expanded.users) > 1 or not can_join(expanded.args[0], modules):
-            continue
-        name = free_name(small, f"{node.name}_expand")
-        every = torch.arange(len(join.index), device=join.index.device)
-        small.add_submodule(name, ExpandChannels(every, join.index, expand.width, 1, in_order=True))
-        with small.graph.inserting_before(node):
-            new = small.graph.call_module(name, (other,))
-        new.meta.update(expanded.meta)
-        node.args = (new, expanded.args[0])
-        join.index = expand.index
-        small.graph.erase_node(expanded)
 
 
 def join_in_convs(small: fx.GraphModule) -> None:
