@@ -76,6 +76,15 @@ def test_mfps_op_computes_them_and_writes_into_the_residual(monkeypatch):
     assert called[-1] == ("conv2d_join_", result.data_ptr())
 
 
+@pytest.mark.parametrize(("groups", "filters"), [(1, 24), (24, 24), (4, 21)])
+def test_filters_are_filled_up_where_that_helps_the_reader(groups, filters):
+    model = Net(lambda net, x: net.b(F.relu(net.a(x))), groups)
+    for parameter in (model.a.weight, model.a.bias):
+        parameter.data[:3] = 0  # 21 of 24 are left
+    serving = served(model, images())
+    assert serving.a.out_channels == filters
+
+
 def test_joins_of_a_masked_resnet():
     torch.manual_seed(0)
     model = masked(torchvision.models.resnet18(num_classes=10), mask_bn=True)

@@ -157,7 +157,8 @@ class Contraction(Rule):
         kept = torch.stack([net.kept(call) for call in calls]).any(0)
         if not kept.any():
             kept[0] = True
-        if len(calls) == 1 and not isinstance(module, nn.Linear) and groups in (1, len(kept)):
+        fits = len(calls) == 1 and not isinstance(module, nn.Linear) and groups in (1, len(kept))
+        if fits and not goes_into_groups(net, node):
             kept = build.pad(kept, net.channels[node].live)
         nonzero, _ = self.weight_facts(net, module)
         wanted = (nonzero & kept.view(groups, -1, 1)).any(1).flatten()  # input channels these filters read
@@ -204,6 +205,21 @@ class Contraction(Rule):
         else:
             new.bias.data = (new.bias.data.double() + bias).to(new.bias.dtype)
         return new
+
+
+def goes_into_groups(net: Network, node: fx.Node) -> bool:
+    """Whether a conv with groups alone reads the result, past BatchNorm and activations: it wants channels sorted into
+    its groups, and others would only have to be taken out again."""
+    while len(node.users) == 1:
+        reader = next(iter(node.users))
+        module = net.module(reader) if reader.op == "call_module" else None
+        if isinstance(module, nn.modules.conv._ConvNd):
+            return 1 < module.groups < module.in_channels
+        known = net.known(reader)
+        if known is None or len(reader.all_input_nodes) > 1 or len(known) != len(net.known(node)):
+            return False
+        node = reader
+    return False
 
 
 def module_inputs(module: nn.Module) -> int:
