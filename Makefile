@@ -37,7 +37,7 @@ wheel-test: $(VENV)/installed  ## build a wheel, install it beside a torch that 
 	cd tests && ../.venv-wheel/bin/python -m pytest -c /dev/null -q -p no:cacheprovider test_packaging.py
 
 # The CPU kernels without torch, at every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer.
-SANITIZED := score isa optim conv $(foreach kernels,pair_sums optim scatter conv,$(foreach isa,portable avx2 avx512,$(kernels)_$(isa)))
+SANITIZED := score isa optim pixel_order $(foreach kernels,pair_sums optim scatter conv,$(foreach isa,portable avx2 avx512,$(kernels)_$(isa)))
 SANITIZE := -std=c++17 -O1 -g -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall \
 	-fsanitize=address,undefined -fno-sanitize-recover=all
 

@@ -3,12 +3,11 @@
 // It is a matrix product without a matrix of patches: a tile of up to 8 output pixels by 48 filters stays in registers,
 // and for each tap of the kernel the pixels' input rows are found by pointer. Pixels near the border are put into tiles
 // with others that lack the same taps, and those taps are skipped. Each output is summed in one order, whatever the
-// batch, the tiles and the number of threads.
+// batch, the tiles and the number of threads; to skip a tap or to add zeros for it is the same where weights are
+// finite.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "cpu/isa.h"
 
@@ -42,57 +41,7 @@ struct Conv {
 // The most output pixels of a register tile.
 constexpr int tile_pixels(Isa isa) { return isa == Isa::avx512 ? 8 : isa == Isa::avx2 ? 6 : 4; }
 
-// The order in which output pixels are computed, and how they are put into tiles: first those that have all their taps
-// inside the image, then group by group those that lack the same ones, then the corners.
-class PixelOrder {
- public:
-  PixelOrder(const Conv& conv, int tile_pixels);
-  int64_t tiles() const { return groups_.back().tile + groups_.back().tiles; }
-
-  // Calls begin_tile(inside) and pixel(image, row, column) for the tiles first to last - 1.
-  template <class BeginTile, class VisitPixel>
-  void walk(int64_t first, int64_t last, BeginTile begin_tile, VisitPixel pixel) const {
-    for (const Group& group : groups_) {
-      const int64_t from = std::max(first, group.tile), to = std::min(last, group.tile + group.tiles);
-      for (int64_t tile = from; tile < to; ++tile) {
-        begin_tile(group.inside);
-        const int64_t begin = group.count * (tile - group.tile) / group.tiles;
-        const int64_t end = group.count * (tile - group.tile + 1) / group.tiles;
-        visit(group, begin, end, pixel);
-      }
-    }
-  }
-
- private:
-  struct Group {
-    bool inside;                   // all taps of all pixels are
-    int64_t row, column, columns;  // a rectangle; where columns is 0, the corners
-    int64_t count, tile, tiles;    // pixels of all images, the first tile, tiles
-  };
-
-  template <class VisitPixel>
-  void visit(const Group& group, int64_t begin, int64_t end, VisitPixel pixel) const {
-    if (group.columns == 0) {
-      for (int64_t i = begin; i < end; ++i)
-        pixel(i % batch_, corners_[2 * (i / batch_)], corners_[2 * (i / batch_) + 1]);
-      return;
-    }
-    const int64_t size = group.count / batch_;
-    int64_t image = begin / size, row = begin % size / group.columns, column = begin % size % group.columns;
-    for (int64_t i = begin; i < end; ++i) {
-      pixel(image, group.row + row, group.column + column);
-      if (++column < group.columns) continue;
-      column = 0;
-      if (++row * group.columns == size) row = 0, ++image;
-    }
-  }
-
-  void add(Group group, int tile_pixels);
-
-  int64_t batch_;
-  std::vector<Group> groups_;
-  std::vector<int32_t> corners_;  // row, column
-};
+class PixelOrder;  // pixel_order.h
 
 // The work is a grid of tasks: ranges of pixel tiles by ranges of filters.
 struct ConvTasks {

@@ -4,6 +4,7 @@
 
 #include "cpu/conv.h"
 #include "cpu/join_row.h"
+#include "cpu/pixel_order.h"
 
 #if MFP_HAVE_ISA
 MFP_BEGIN_ISA
@@ -15,7 +16,7 @@ namespace MFP_ISA {
 // 16 registers hold, inside one block.
 constexpr int kTilePixels = tile_pixels(kLanes == 16 ? Isa::avx512 : kLanes == 8 ? Isa::avx2 : Isa::portable);
 constexpr int kTileVectors = kLanes == 16 ? 3 : kBlock / kLanes;
-constexpr int64_t kFewWeights = 1 << 15;
+constexpr int64_t kFewWeights = 1 << 15;  // numbers that the nearest caches hold
 
 // Types of this namespace, for the vectors that grow here: functions of a std::vector<float> compiled here could end
 // up, by the linker's choice, in code for other processors.

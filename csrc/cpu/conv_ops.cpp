@@ -11,6 +11,7 @@
 
 #include "cpu/conv.h"
 #include "cpu/landing.h"
+#include "cpu/pixel_order.h"
 
 namespace mfp::cpu {
 namespace {

@@ -12,6 +12,7 @@
 
 #include "cpu/conv.h"
 #include "cpu/optim.h"
+#include "cpu/pixel_order.h"
 #include "cpu/scatter.h"
 #include "cpu/score.h"
 

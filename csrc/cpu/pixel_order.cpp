@@ -1,4 +1,4 @@
-#include "cpu/conv.h"
+#include "cpu/pixel_order.h"
 
 #include <utility>
 
