@@ -5,13 +5,23 @@ BIN := $(VENV)/bin
 TORCH := torch==2.14.1 torchvision==0.29.1
 BUILD_TOOLS := numpy ninja pybind11 wheel "setuptools>=77,<82"
 
-.PHONY: demo test browser gpu lint wheel-test sanitize clean
+# One worker a core; whoever has nothing left to do takes over tests from another.
+PYTEST := $(BIN)/python -m pytest -rs --numprocesses logical --maxprocesses 16 --dist worksteal
+SECONDS := 120
+
+.PHONY: demo test fuzz zoo browser gpu lint wheel-test sanitize clean
 
 demo: $(VENV)/installed  ## train ResNet-20 on handwritten digits, prune, compact, prove and show what was gained
 	$(BIN)/mfp prune
 
 test: $(VENV)/installed browser  ## everything that can be proved on this machine; what is skipped, and why, is listed
-	$(BIN)/python -m pytest -rs
+	$(PYTEST)
+
+fuzz: $(VENV)/installed  ## the property tests with new random cases, for 120 seconds or SECONDS=...
+	timeout $$(($(SECONDS) + 900)) $(PYTEST) --fuzz $(SECONDS)
+
+zoo: $(VENV)/installed  ## compacts many networks of torchvision, timm and others, and prints the table of docs/compaction.md
+	$(BIN)/python tests/zoo.py
 
 # For the test that looks at the page of `mfp report`. Only root can install packages, and only some systems have apt.
 browser:
@@ -28,11 +38,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 
+# The second environment sees torch and what it needs by links to the first, and nothing else of it.
 wheel-test: $(VENV)/installed  ## build a wheel, install it beside a torch that is already there, run the packaging test
 	rm -rf dist .venv-wheel
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
-	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet $(TORCH) numpy pytest
+	$(BIN)/python -m venv .venv-wheel
+	$(BIN)/python .ci/link.py .venv-wheel torch numpy pytest
 	.venv-wheel/bin/python -m pip install --quiet dist/mfp-*.whl
 	cd tests && ../.venv-wheel/bin/python -m pytest -c /dev/null -q -p no:cacheprovider test_packaging.py
 

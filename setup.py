@@ -102,11 +102,16 @@ def extension():
 def build_command():
     from torch.utils.cpp_extension import BuildExtension
 
-    return BuildExtension.with_options(use_ninja=True)
+    class Build(BuildExtension):
+        def finalize_options(self):
+            self.build_temp = self.build_temp or "build/objects"  # kept: only what has changed is compiled again
+            super().finalize_options()
+
+    return Build.with_options(use_ninja=True)
 
 
 setup(
-    packages=["mfp", "mfp.bench", "mfp.compact", "mfp.train", "mfp.kernels"],
+    packages=["mfp", "mfp.bench", "mfp.capture", "mfp.compact", "mfp.serving", "mfp.train", "mfp.kernels"],
     package_dir={"mfp": "mfp", "mfp.kernels": "kernels"},
     ext_modules=[extension()],
     cmdclass={"build_ext": build_command()},

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 
-from mfp import graph
-from mfp.errors import MfpError
+from mfp.errors import CaptureError, MfpError
 from mfp.ops import is_row_dense
+from mfp.structure import CONVS, Structure, structure_of
 
 #: Projection shortcuts of residual networks, not pruned by default, as in the papers.
 DEFAULT_SKIP = ("downsample",)
@@ -92,6 +94,7 @@ class FilterPlan:
         layer_rates: Mapping[str, float] | None = None,
         channel_multiple: int = 1,
         coupled: bool = False,
+        example_input: Any = None,
     ) -> FilterPlan:
         """Plan all Conv1d/2d/3d layers of a model, and the 1x1 convs that it writes as Linear layers (ConvNeXt).
 
@@ -112,6 +115,7 @@ class FilterPlan:
             coupled: layers whose outputs meet in an addition or a product share one mask (their scores are summed), so
                 that the compact network consists of plain layers without index joins. A group is left out as a whole
                 when one of its layers is; pass ``skip=()`` to prune residual streams together with their shortcuts.
+            example_input: what the model takes, as for :func:`mfp.compact`; needed where that is not one image.
 
         Raises:
             MfpError: a rate outside [0, 1), a pattern that matches no layer, a model without conv layers, a weight
@@ -119,15 +123,14 @@ class FilterPlan:
         """
         model = unwrap(model)
         layer_rates = dict(layer_rates or {})
-        _check_arguments(rate, skip, layer_rates, channel_multiple)
-        pointwise = graph.find_pointwise_linears(model)
-        convs = {n: m for n, m in model.named_modules() if isinstance(m, graph.CONVS) or n in pointwise}
+        check_plan_arguments(rate, skip, layer_rates, channel_multiple)
+        structure = _structure(model, example_input, coupled)
+        convs = {n: m for n, m in model.named_modules() if isinstance(m, CONVS) or n in structure.pointwise}
         skipped = set().union(*_match_all("skip", skip, convs).values())
         rates = _resolve_rates(layer_rates, convs)
-        group_of, fixed = graph.find_coupled(model) if coupled else ({}, set())
-        followers = graph.find_followers(model) if convs else {}
+        group_of, fixed = (structure.groups, set(structure.fixed)) if coupled else ({}, set())
+        followers, outputs = structure.followers, structure.outputs
         following = {name for names in followers.values() for name in names}
-        outputs = graph.find_output_convs(model) if convs else set()
 
         left_out = {name for name in convs if name not in rates and (name in outputs or name in skipped)}
         fixed |= {group_of[name] for name in left_out & group_of.keys()}
@@ -215,6 +218,24 @@ class FilterPlan:
         return FilterPlan(self.model, layers, self.channel_multiple)
 
 
+def _structure(model: nn.Module, example_input: Any, needed: bool) -> Structure:
+    """What the graph says; without one (a warning) the layers are planned all the same, where that is possible."""
+    nothing = Structure({}, set(), set(), {}, set())
+    if not any(isinstance(module, CONVS) for module in model.modules()):
+        return nothing
+    try:
+        return structure_of(model, example_input)
+    except CaptureError as error:
+        if needed:
+            raise
+        warnings.warn(
+            f"{error}. Without the graph (give example_input=...) no BatchNorm or depthwise conv is masked together "
+            "with its conv: compaction stays exact, but removes less",
+            stacklevel=3,
+        )
+        return nothing
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's module inside DistributedDataParallel, DataParallel or torch.compile."""
     while True:
@@ -245,7 +266,8 @@ def check_rate(what: str, rate: float) -> None:
         raise MfpError(f"{what} must be in [0, 1), so that at least one filter of a layer stays; got {rate!r}")
 
 
-def _check_arguments(rate: float, skip: Sequence[str], layer_rates: Mapping[str, float], multiple: int) -> None:
+def check_plan_arguments(rate: float, skip: Sequence[str], layer_rates: Mapping[str, float], multiple: int) -> None:
+    """Raise MfpError for arguments that no model could make sense of."""
     check_rate("rate", rate)
     for pattern, value in layer_rates.items():
         check_rate(f"layer_rates[{pattern!r}]", value)
@@ -295,7 +317,7 @@ def _planned(model, name, conv, rate, offset, channel_multiple, follower_names) 
     followers = [Follower(name, "bias", is_weight=False)] if conv.bias is not None else []
     for follower in follower_names:
         module = model.get_submodule(follower)
-        depthwise = isinstance(module, graph.CONVS)
+        depthwise = isinstance(module, CONVS)
         for parameter in ("weight", "bias"):
             if getattr(module, parameter, None) is not None:
                 followers.append(Follower(follower, parameter, is_weight=depthwise and parameter == "weight"))

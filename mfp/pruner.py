@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,12 +14,14 @@ from mfp import attributes, schedule
 from mfp.attributes import Batches, recalibrate_batchnorm
 from mfp.criteria import PAPER_CRITERIA
 from mfp.errors import MfpError
+from mfp.example import FirstBatch
 from mfp.mask import FilterMask
 from mfp.neighbours import trying
-from mfp.plan import DEFAULT_SKIP, FilterPlan, unwrap
+from mfp.plan import DEFAULT_SKIP, FilterPlan, check_plan_arguments, unwrap
 from mfp.scores import FilterScores, check_criteria, score_filters
 from mfp.selection import prune_filters_, select_filters
 from mfp.sleep import Sleepers
+from mfp.structure import takes_images
 
 STATE_VERSION = 1
 
@@ -91,6 +93,8 @@ class FilterPruner:
             with the next forward pass in training mode, since no gradient would reach a filter behind a zeroed one.
         channel_multiple: round the kept filters per layer up to a multiple of this.
         skip, layer_rates, coupled: see :meth:`mfp.FilterPlan.from_model`.
+        example_input: what the model takes (as for :func:`mfp.compact`): its graph is captured for the plan. Without it
+            the calibration batches serve, or a plain image, or the first batch that the model sees from now on.
         per_layer: choose the criterion for each layer; only for attributes without data.
         recalibrate: estimate BatchNorm statistics anew on the calibration batches after each pruning, and before a
             neighbour is measured.
@@ -115,6 +119,7 @@ class FilterPruner:
         skip: Sequence[str] = DEFAULT_SKIP,
         layer_rates: Mapping[str, float] | None = None,
         coupled: bool = False,
+        example_input: Any = None,
         per_layer: bool = False,
         recalibrate: bool = False,
     ) -> None:
@@ -133,17 +138,44 @@ class FilterPruner:
         self.attribute, self.calibration = attribute, calibration
         self.mode, self.interval, self.epochs = mode, interval, epochs
         self.mask_bn, self.per_layer, self.recalibrate = mask_bn, per_layer, recalibrate
-        self.plan = FilterPlan.from_model(
-            self.model,
-            rate,
-            skip=skip,
-            layer_rates=layer_rates,
-            channel_multiple=channel_multiple,
-            coupled=coupled,
-        )
+        check_plan_arguments(rate, skip, layer_rates or {}, channel_multiple)
+        self._plan_arguments = {
+            "rate": rate, "skip": skip, "layer_rates": layer_rates,
+            "channel_multiple": channel_multiple, "coupled": coupled,
+        }  # fmt: skip
+        self._plan: FilterPlan | None = None
+        self._sleepers: Sleepers | None = None
+        self._first_batch: FirstBatch | None = None
+        if example_input is None and calibration:
+            example_input = FirstBatch.part_of(self.model, (calibration[0][0],), {})
+        if example_input is not None or takes_images(self.model):
+            self._make_plan(example_input)
+        else:
+            self._first_batch = FirstBatch(self.model)
         self.mask: FilterMask | None = None
         self.decisions: list[Decision] = []
-        self._sleepers = Sleepers(self.plan)
+
+    def _make_plan(self, example_input: Any) -> None:
+        self._plan = FilterPlan.from_model(self.model, example_input=example_input, **self._plan_arguments)
+        self._sleepers = Sleepers(self._plan)
+
+    @property
+    def plan(self) -> FilterPlan:
+        """The layers to prune. Raises MfpError where it takes an example to know them, and none was seen yet."""
+        if self._plan is None:
+            if self._first_batch.example is None:
+                raise MfpError(
+                    f"{type(self.model).__name__} takes no plain image and has seen no batch yet, so its graph is not "
+                    "known: give example_input=..., or call the model first"
+                )
+            self._make_plan(self._first_batch.example)
+            self._first_batch.forget()
+        return self._plan
+
+    @property
+    def sleepers(self) -> Sleepers:
+        """The biases and BatchNorm entries of pruned filters; made with the plan."""
+        return self._sleepers if self.plan is not None else None
 
     @property
     def attribute_name(self) -> str:
@@ -166,8 +198,8 @@ class FilterPruner:
             return None
         if not schedule.prune_now(epoch, self.interval, self.epochs):
             return None
-        self._sleepers.wake()  # does something only when no training came between two calls
-        values = self._sleepers.copy()
+        self.sleepers.wake()  # does something only when no training came between two calls
+        values = self.sleepers.copy()
         factor = schedule.rate_factor(self.mode, epoch, self.epochs)
         plan = self.plan if factor == 1.0 else self.plan.scaled(factor)
         if len(self.criteria) == 1:
@@ -177,7 +209,7 @@ class FilterPruner:
             choice = self._choose(plan)
             choice.mask.apply_(self.mask_bn)
         if self.mask_bn and self.mode != "hard":
-            self._sleepers.lay_down(values, choice.mask)
+            self.sleepers.lay_down(values, choice.mask)
         if self.recalibrate:
             recalibrate_batchnorm(self.model, self.calibration)
         decision = Decision(
@@ -199,7 +231,7 @@ class FilterPruner:
 
     def hold_(self) -> None:
         """From now on the current mask holds, as in ``hard`` mode: the pruned filters sleep for good."""
-        self._sleepers.values = {}
+        self.sleepers.values = {}
         self.mode = "hard"
 
     def mask_gradients_(self) -> None:
@@ -262,7 +294,7 @@ class FilterPruner:
             "version": STATE_VERSION,
             "layers": self._layers(),
             "decisions": [decision.to_dict() for decision in self.decisions],
-            "asleep": dict(self._sleepers.values),
+            "asleep": dict(self.sleepers.values),
         }
         if self.mask is not None:
             state["keep"] = self.mask.keep.cpu()
@@ -283,8 +315,8 @@ class FilterPruner:
             )
         decisions = [Decision(**values) for values in state["decisions"]]
         mask = FilterMask(self.plan, state["keep"].to(self.plan.weights()[0].device)) if "keep" in state else None
-        self._sleepers.check(state["asleep"])
-        self._sleepers.lay_down(state["asleep"], mask)
+        self.sleepers.check(state["asleep"])
+        self.sleepers.lay_down(state["asleep"], mask)
         self.mask, self.decisions = mask, decisions
 
     def _layers(self) -> list[list]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from mfp.capture import example_arguments
 from mfp.compact import compact, count_parameters, flops
 from mfp.errors import MfpError
-from mfp.graph import example_arguments
 from mfp.plan import FilterPlan, unwrap
 from mfp.scores import FilterScores, score_filters
 from mfp.selection import select_filters
@@ -133,15 +134,17 @@ class _Candidates:
         self, model: nn.Module, example_input: Any, criterion: str, fold_bn: bool, plan_arguments: dict
     ) -> None:
         self.model, self.example_input, self.fold_bn = model, example_input, fold_bn
-        self.plan_arguments = plan_arguments
+        self.plan_arguments = plan_arguments | {"example_input": example_input}
         self.state = {name: value.clone() for name, value in model.state_dict().items()}
-        self.scores = score_filters(FilterPlan.from_model(model, 0.0, **plan_arguments), (criterion,))
+        self.scores = score_filters(FilterPlan.from_model(model, 0.0, **self.plan_arguments), (criterion,))
 
     def compact_at(self, rate: float) -> nn.Module:
         plan = FilterPlan.from_model(self.model, rate, **self.plan_arguments)
         select_filters(FilterScores(plan, self.scores.by_name)).apply_()
         try:
-            return compact(self.model, self.example_input, fold_bn=self.fold_bn)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "mfp.compact removed nothing")  # at rate 0 that is meant
+                return compact(self.model, self.example_input, fold_bn=self.fold_bn)
         finally:
             self.model.load_state_dict(self.state)
 

@@ -1,9 +1,15 @@
-"""Networks with pruned filters and random BatchNorm statistics, for the tests of compaction and its files."""
+"""Networks with pruned filters and random BatchNorm statistics, and the comparison that tests of compaction make."""
 
+import dataclasses
+import os
+
+import pytest
 import torch
 from torch import nn
 
 import mfp
+
+slow = pytest.mark.skipif(not os.environ.get("MFP_SLOW"), reason="takes minutes; MFP_SLOW=1 runs it")
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -29,8 +35,37 @@ def masked(model: nn.Module, rate: float = 0.4, mask_bn: bool = True, seed: int 
     return model.eval()
 
 
+def killed(layer: nn.Module, *filters: int) -> nn.Module:
+    """The layer with these filters zero, bias too."""
+    for j in filters:
+        layer.weight.data[j] = 0
+        if layer.bias is not None:
+            layer.bias.data[j] = 0
+    return layer
+
+
+def compacted(model: nn.Module, *shape: int, **options) -> nn.Module:
+    """The compact network, after a comparison on another batch size in float64."""
+    model = model.double().eval()
+    small = mfp.compact(model, torch.randn(1, *shape, dtype=torch.float64), **options)
+    compare(model, small, *shape)
+    return small
+
+
+def compare(model: nn.Module, small: nn.Module, *shape: int, batch: int = 3, tolerance: float = 1e-12) -> None:
+    """Two networks in float64 on random images of a shape."""
+    x = torch.randn(batch, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        assert difference(model(x.clone()), small(x.clone())) < tolerance
+
+
 def difference(a, b) -> float:
     """Largest difference relative to the largest value, over all tensors of two equal structures."""
+    assert type(a) is type(b)
+    if a is None:
+        return 0.0
+    if dataclasses.is_dataclass(a):
+        a, b = vars(a), vars(b)
     if isinstance(a, dict):
         assert list(a) == list(b)
         return max(difference(a[key], b[key]) for key in a)

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -22,6 +25,14 @@ SOURCES = TESTS.parent / "csrc"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+@contextlib.contextmanager
+def only_one(path: Path):
+    """Of the processes that want to make a file, one does; the others wait and find it."""
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @cache
 def build() -> ctypes.CDLL:
     compiler = shutil.which("g++")
@@ -34,13 +45,15 @@ def build() -> ctypes.CDLL:
     ]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"mfp_cuda_logic_{digest}.so"
-    if not library.exists():
-        fresh = library.with_suffix(f".{id(library)}.so")
-        subprocess.run(
-            [compiler, "-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-clobbered",
-             "-Wno-unknown-pragmas", "-Werror", "-shared", "-fPIC", "-DMFP_CUDA_ON_CPU", f"-I{TESTS}", f"-I{SOURCES}",
-             str(TESTS / "cuda_logic_driver.cpp"), "-o", str(fresh)], check=True)  # fmt: skip
-        fresh.rename(library)
+    with only_one(library):
+        if not library.exists():
+            fresh = library.with_suffix(f".{os.getpid()}.so")
+            subprocess.run(
+                [compiler, "-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra",
+                 "-Wno-clobbered", "-Wno-unknown-pragmas", "-Werror", "-shared", "-fPIC", "-DMFP_CUDA_ON_CPU",
+                 f"-I{TESTS}", f"-I{SOURCES}", str(TESTS / "cuda_logic_driver.cpp"), "-o", str(fresh)],
+                check=True)  # fmt: skip
+            fresh.rename(library)
     return ctypes.CDLL(str(library))
 
 

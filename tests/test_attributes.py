@@ -20,7 +20,13 @@ def data(batches=3, size=8, classes=7):
 def network(classes=7):
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(192, classes)
+        nn.Conv2d(3, 12, 3),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(192, classes),
     )
 
 

@@ -225,7 +225,7 @@ def test_a_target_instead_of_a_rate(command, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_ctrl_c_leaves_a_run_that_can_be_resumed(tmp_path):
+def test_ctrl_c_leaves_a_run_that_can_be_resumed(command, tmp_path):
     directory = tmp_path / "run"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     arguments = [sys.executable, "-m", "mfp", "prune", *TINY, "--no-dense", "--output", directory]
@@ -241,9 +241,8 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(tmp_path):
     newest = checkpoint_files(directory / "pruned")[-1]
     last = error.splitlines()[-1]
     assert last == f"stopped by SIGINT; {newest} is complete; go on with: mfp prune --output {directory} --resume"
-    small = [sys.executable, "-m", "mfp", "compact", directory, "--output", tmp_path / "s.mfp", *TINY[:2]]
-    done = subprocess.run(small, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    code, _, err = command("compact", directory, "--output", tmp_path / "s.mfp", *TINY[:2])
+    assert code == 0, err
     assert mfp.load(tmp_path / "s.mfp") is not None
 
 

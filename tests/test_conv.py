@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from mfp import backend, ops, reference
 
 CL = torch.channels_last
-pytestmark = pytest.mark.skipif(backend.backends()["cpu"].unusable is not None, reason="mfp._C is not built")
+pytestmark = [
+    pytest.mark.usefixtures("three_threads"),
+    pytest.mark.skipif(backend.backends()["cpu"].unusable is not None, reason="mfp._C is not built"),
+]
 
 # (batch, channels, height, width), filters, kernel, stride, padding, dilation
 CASES = [

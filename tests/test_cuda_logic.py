@@ -303,10 +303,13 @@ def test_masking_keeps_to_its_rows():
 # ---- optimiser steps ------------------------------------------------------------------------------------------------
 
 
-def step_case(dtype, seed=0):
-    """Parameters of awkward sizes, some masked: (params, grads, first, second), keep, offsets, rows."""
+def step_case(dtype, seed=0, long=(1000, 20000, 30001)):
+    """Parameters of awkward sizes, some masked: (params, grads, first, second), keep, offsets, rows.
+
+    Rows that are ``long`` go over several blocks of a kernel.
+    """
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(4, 3), (5, 8), (1,), (64, 147), (20, 1000), (7,), (40, 4), (3, 20000), (30001,)]
+    shapes = [(4, 3), (5, 8), (1,), (64, 147), (20, long[0]), (7,), (40, 4), (3, long[1]), (long[2],)]
     groups = [[torch.randn(shape, generator=generator).to(dtype) for shape in shapes] for _ in range(4)]
     groups[3] = [tensor.square() for tensor in groups[3]]
     keep = torch.rand(200, generator=generator) < 0.6

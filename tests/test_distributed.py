@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
+import itertools
 import json
 import os
 import random
@@ -11,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,22 @@ def data():
     return tiny_data()
 
 
+@functools.cache
+def ports() -> Iterator[int]:
+    """Ports that no other worker of pytest tries, and that the system gives to nobody by itself."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 10000 + 200 * (worker % 100)
+    return itertools.cycle(range(first, first + 200))
+
+
+def free_port() -> int:
+    for port in ports():
+        with socket.socket() as attempt, contextlib.suppress(OSError):
+            attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            attempt.bind(("127.0.0.1", port))
+            return port
+
+
 def run_ranks(
     directory: Path,
     size: int,
@@ -48,9 +66,7 @@ def run_ranks(
     The processes are forked, so that they need not import torch again. `disturb` gets their ids when all have started.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     children = []
     for rank in range(size):
         child = os.fork()
@@ -111,9 +127,9 @@ def train(directory: Path, data, world: World, **settings) -> dict:
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_train_as_one_process_on_the_same_global_batches(tmp_path, data, size):
     settings = {"attribute": "weight_energy", "epochs": 3}
-    ranks = [
-        result for _, _, result in run_ranks(tmp_path / "m", size, lambda w: train(tmp_path / "a", data, w, **settings))
-    ]
+    outcomes = run_ranks(tmp_path / "m", size, lambda w: train(tmp_path / "a", data, w, **settings))
+    assert [code for code, *_ in outcomes] == [0] * size, outcomes
+    ranks = [result for _, _, result in outcomes]
     one = train(tmp_path / "b", data, World(), accumulate=size, **settings)
     assert all(result["digest"] == ranks[0]["digest"] for result in ranks)
     assert ranks[0]["masks"] == one["masks"]
@@ -159,6 +175,7 @@ def test_cut_at_every_step_and_resumed_on_two_ranks(tmp_path, data):
         assert len(set(digests)) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("size", "kills"), [(1, 50), (2, 20)])
 def test_killed_again_and_again(tmp_path, data, size, kills):
     """SIGKILL at random moments from the first to the last of a run: the end is that of one that was never stopped.
@@ -340,6 +357,7 @@ def workers_of(process: subprocess.Popen) -> list[int]:
     return found
 
 
+@pytest.mark.long
 def test_torchrun_restarts_and_the_end_is_the_same(tmp_path):
     """`mfp prune` in two processes, one of them killed: torchrun starts both again, once, and they resume."""
     config = RunConfig(

@@ -1,26 +1,37 @@
+import copy
+import functools
 import json
 import os
 import random
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
+from typing import NamedTuple
 
 import pytest
+import timm.layers
 import torch
 import torch.nn.functional as F
-from compact_cases import difference, masked
+import torchvision
+from compact_cases import masked
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from zoo_networks import transformers_network
 
 import mfp
-from mfp import atomic, files
+from mfp import atomic, files, graph_json
+from mfp.capture import DROPOUTS
+from mfp.compact.operators import RULES
 from mfp.train.models import CifarResNet
 
 torch.set_num_threads(1)
 
 
+@functools.cache
 def small_network(mask_bn=False, **options):
+    """Not to be changed: many tests share it."""
     torch.manual_seed(0)
     return mfp.compact(masked(CifarResNet(20, width=8), mask_bn=mask_bn), torch.randn(1, 3, 32, 32), **options)
 
@@ -51,13 +62,8 @@ def test_loaded_network_is_the_saved_one(tmp_path, options, mask_bn):
     loaded = mfp.load(tmp_path / "small.mfp")
     x = torch.randn(3, 3, 40, 32)
     with torch.no_grad():
-        if options:  # packed weights are laid out for the first input that comes
-            assert difference(loaded(x), small(x)) < 1e-6
-        else:
-            assert torch.equal(loaded(x), small(x))
-    assert list(loaded.state_dict()) == list(small.state_dict())
-    assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in small.named_parameters()]
-    assert loaded.report == small.report
+        assert torch.equal(loaded(x), small(x))
+    assert_equal_networks(loaded, small)
     assert not loaded.training
     loaded.train()
     F.cross_entropy(loaded(x), torch.tensor([0, 1, 2])).backward()
@@ -102,14 +108,165 @@ def test_only_compact_networks_are_saved(tmp_path):
     with pytest.raises(mfp.MfpError, match="result of mfp.compact, not a CifarResNet"):
         mfp.save(CifarResNet(20), tmp_path / "x")
 
-    class Odd(nn.Module):
-        def forward(self, x):
-            return x
-
-    small = mfp.compact(nn.Sequential(nn.Conv2d(3, 3, 1), Odd()), torch.zeros(1, 3, 4, 4), leaf_modules=(Odd,))
-    with pytest.raises(mfp.MfpError, match=r"layer '1' is a test_files\.Odd"):
+    small = copy.deepcopy(small_network())
+    small.bn1 = Odd()
+    with pytest.raises(mfp.MfpError, match=r"layer 'bn1' is a test_files\.Odd"):
+        mfp.save(small, tmp_path / "x")
+    small = copy.deepcopy(small_network())
+    node = next(node for node in small.graph.nodes if node.target is torch.ops.aten.relu.default)
+    node.target = torch.ops.aten.bernoulli.default
+    with pytest.raises(mfp.MfpError, match=rf"operation {node.name} \(aten\.bernoulli\.default\) is not on the list"):
+        mfp.save(small, tmp_path / "x")
+    node.target, node.args = torch.ops.aten.relu.default, (object(),)
+    with pytest.raises(mfp.MfpError, match=f"{node.name} has an argument that is no plain value"):
         mfp.save(small, tmp_path / "x")
     assert os.listdir(tmp_path) == []
+
+
+class Odd(nn.Module):
+    def forward(self, x):
+        return x
+
+
+# ---- networks
+
+
+def torchvision_network(name, **options):
+    return lambda: getattr(torchvision.models, name)(weights=None, **options)
+
+
+def with_same_padding():
+    """Convs whose padding follows from the image's size, as timm's networks from TensorFlow have them."""
+    layers = timm.layers
+    return nn.Sequential(
+        layers.Conv2dSame(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(),
+        layers.Conv2dSame(8, 8, 5, stride=2), nn.BatchNorm2d(8), nn.Hardswish(), layers.AvgPool2dSame(2, 2),
+        nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+
+
+NETWORKS = {
+    "mobilenet": (torchvision_network("mobilenet_v3_small"), 64),
+    "shufflenet": (torchvision_network("shufflenet_v2_x0_5"), 64),
+    "convnext": (torchvision_network("convnext_tiny"), 64),
+    "densenet": (torchvision_network("densenet121"), 64),
+    "same padding": (with_same_padding, 33),
+    "transformers": (lambda: transformers_network("ResNet-basic"), 64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fold_bn", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_kinds_of_networks(tmp_path, name, fold_bn):
+    make, size = NETWORKS[name]
+    torch.manual_seed(0)
+    small = mfp.compact(masked(make(), 0.3), torch.randn(1, 3, size, size), fold_bn=fold_bn)
+    mfp.save(small, tmp_path / "small.mfp")
+    loaded = mfp.load(tmp_path / "small.mfp")
+    assert_equal_networks(loaded, small)
+    for shape in [(2, 3, size, size), (3, 3, size + 32, size + 15)]:
+        x = torch.randn(shape)
+        with torch.no_grad():
+            assert_equal_results(loaded(x.clone()), small(x.clone()))
+
+
+def assert_equal_networks(loaded, small):
+    for of in ("named_parameters", "named_buffers"):
+        ours, theirs = (list(getattr(network, of)(remove_duplicate=False)) for network in (loaded, small))
+        assert [(n, t.dtype, t.requires_grad) for n, t in ours] == [(n, t.dtype, t.requires_grad) for n, t in theirs]
+    assert list(loaded.state_dict()) == list(small.state_dict())
+    assert [(n, m.training) for n, m in loaded.named_modules()] == [(n, m.training) for n, m in small.named_modules()]
+    assert loaded.report == small.report
+
+
+def assert_equal_results(ours, theirs):
+    if isinstance(theirs, dict):  # transformers' ModelOutput is one
+        assert type(ours) in (dict, OrderedDict)
+        assert list(ours) == list(theirs)
+        ours, theirs = list(ours.values()), list(theirs.values())
+    if isinstance(theirs, tuple | list):
+        for a, b in zip(ours, theirs, strict=True):
+            assert_equal_results(a, b)
+    else:
+        assert torch.equal(ours, theirs)
+
+
+def test_nested_results_defaults_and_direct_parameters(tmp_path):
+    class Answer(NamedTuple):
+        logits: torch.Tensor
+        parts: OrderedDict
+
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Module()
+            self.inner.zeta, self.inner.alpha = nn.Parameter(torch.rand(4, 1, 1)), nn.Parameter(torch.rand(4, 1, 1))
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x, scale=float("inf"), names=("a", None)):
+            y = self.conv(x).clamp(max=scale) * self.inner.zeta + self.inner.alpha
+            return [Answer(y, OrderedDict(mean=y.mean((2, 3)), odd={names[0]: y.double()})), None, 3]
+
+    small = mfp.compact(Several(), {"x": torch.randn(2, 3, 8, 8), "scale": float("inf"), "names": ("a", None)})
+    mfp.save(small, tmp_path / "several.mfp")
+    loaded = mfp.load(tmp_path / "several.mfp")
+    assert_equal_networks(loaded, small)
+    x = torch.randn(1, 3, 9, 7)
+    ours, theirs = loaded(x), small(x)
+    assert type(ours[0]) is tuple and type(ours[0][1]) is OrderedDict and ours[1:] == [None, 3]
+    assert torch.equal(ours[0][0], theirs[0].logits)
+    assert_equal_results(ours[0][1], theirs[0].parts)
+
+
+def test_half_precision_and_devices_in_arguments(tmp_path):
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x):
+            y = self.conv(x).contiguous(memory_format=torch.channels_last)
+            return y + torch.arange(y.shape[-1], device=y.device, dtype=torch.int64).to(y.dtype)
+
+    small = mfp.compact(Positions().to(torch.bfloat16), torch.randn(2, 3, 8, 8, dtype=torch.bfloat16))
+    mfp.save(small, tmp_path / "positions.mfp")
+    loaded = mfp.load(tmp_path / "positions.mfp")
+    assert_equal_networks(loaded, small)
+    x = torch.randn(3, 3, 6, 9, dtype=torch.bfloat16)
+    assert torch.equal(loaded(x), small(x))
+
+
+# ---- the list of operators
+
+
+def test_every_operator_with_a_rule_can_be_saved():
+    written_as_modules = set(DROPOUTS)
+    assert {packet.__name__ for packet in set(RULES) - written_as_modules} <= graph_json.ATEN
+
+
+def test_listed_operators_write_to_nothing():
+    """Neither to their inputs nor to files; the schemas say so, whatever the version of torch."""
+    for name in graph_json.ATEN:
+        packet = getattr(torch.ops.aten, name)
+        found = [graph_json.function_named(f"aten.{name}.{overload}") for overload in packet.overloads()]
+        assert any(found), name
+        for overload in filter(None, found):
+            assert not overload._schema.is_mutable
+            kinds = " ".join(str(argument.type) for argument in overload._schema.arguments)
+            assert not {"Generator", "Storage", "Stream"} & set(kinds.split()), overload
+
+
+UNSAFE = """as_strided.default as_strided_copy.default set_.source_Storage set_.default resize_.default resize.default
+    from_file.default empty.memory_format empty_strided.default new_empty.default empty_like.default add.out add_.Tensor
+    relu.out copy_.default data_ptr.default rand.default bernoulli.default _local_scalar_dense.default item.default
+    _unsafe_index.Tensor native_batch_norm.default relu relu.default.default relu.nothing relu._schema relu.__class__
+    __class__.default"""
+
+
+@pytest.mark.parametrize("name", UNSAFE.split())
+def test_unsafe_operators_have_no_name(name):
+    assert graph_json.function_named(f"aten.{name}") is None
+    assert graph_json.function_named(f"prims.{name}") is None
 
 
 # ---- damaged files
@@ -160,22 +317,30 @@ def first_conv(description):
     return next(m for m in description["modules"].values() if m["class"] == "Conv2d")
 
 
+BUFFER = ["buffer", "conv1.weight", "contiguous_format"]
 HOSTILE = {
-    "newer version": lambda d, t: d.update(version=2),
+    "newer version": lambda d, t: d.update(version=3),
     "no version": lambda d, t: d.pop("version"),
     "class that is no identifier": lambda d, t: d.update(name="A:\n import os"),
     "function outside the list": lambda d, t: node_of(d, "call_function").update(target="os.system"),
     "function by attribute path": lambda d, t: node_of(d, "call_function").update(target="torch.hub.load"),
-    "getattr of a dunder": lambda d, t: node_of(d, "call_function").update(
-        target="getattr", args=[{"node": "x"}, "__class__"], kwargs={}),
-    "getattr with a node as name": lambda d, t: node_of(d, "call_function").update(
-        target="getattr", args=[{"node": "x"}, {"node": "x"}], kwargs={}),
-    "method outside the list": lambda d, t: node_of(d, "call_function").update(op="call_method", target="tofile"),
+    "operator outside the list": lambda d, t: node_of(d, "call_function").update(target="aten.from_file.default"),
+    "operator on memory": lambda d, t: node_of(d, "call_function").update(target="aten.as_strided.default"),
+    "operator in place": lambda d, t: node_of(d, "call_function").update(target="aten.add_.Tensor"),
+    "operator that writes its result": lambda d, t: node_of(d, "call_function").update(target="aten.relu.out"),
+    "operator of another library": lambda d, t: node_of(d, "call_function").update(target="mfp.relu.default"),
+    "overload that is an attribute": lambda d, t: node_of(d, "call_function").update(target="aten.relu.__class__"),
+    "function that is a list": lambda d, t: node_of(d, "call_function").update(target=["aten.relu.default"]),
+    "method": lambda d, t: node_of(d, "call_function").update(op="call_method", target="relu"),
     "method that is a dunder": lambda d, t: node_of(d, "call_function").update(op="call_method", target="__reduce__"),
     "unknown kind of node": lambda d, t: node_of(d, "call_function").update(op="exec"),
     "node name that is code": lambda d, t: node_of(d, "call_function").update(name="a; import os"),
     "input name that is code": lambda d, t: node_of(d, "placeholder").update(target="x=print(1)"),
-    "input with default": lambda d, t: node_of(d, "placeholder").update(args=["1"]),
+    "input with two defaults": lambda d, t: node_of(d, "placeholder").update(args=["1", "2"]),
+    "input whose default is a node": lambda d, t: d["nodes"].append(
+        {"op": "placeholder", "name": "late", "target": "late", "args": [{"node": "x"}], "kwargs": {}}),
+    "default before an input without": lambda d, t: (node_of(d, "placeholder").update(args=[1]), d["nodes"].insert(
+        1, {"op": "placeholder", "name": "late", "target": "late", "args": [], "kwargs": {}})),
     "keyword that is code": lambda d, t: node_of(d, "call_function").update(kwargs={"a=1, b": 2}),
     "call of a missing module": lambda d, t: node_of(d, "call_module").update(target="nothing"),
     "module name that is code": lambda d, t: d["modules"].update({'a"); print("': first_conv(d)}),
@@ -193,13 +358,25 @@ HOSTILE = {
     "tensor without layer": lambda d, t: t.update({"conv1.extra": torch.zeros(1)}),
     "tensor name that is a dunder": lambda d, t: t.update({"__dict__": torch.zeros(1)}),
     "tensor name that is code": lambda d, t: t.update({"a b": torch.zeros(1)}),
-    "alias of nothing": lambda d, t: d.update(aliases={"x.weight": "nothing"}),
+    "tensor that is stored nowhere": lambda d, t: d["tensors"]["conv1.weight"].__setitem__(1, "nothing"),
+    "tensor that is not named": lambda d, t: d["tensors"].pop("conv1.weight"),
+    "tensor of an unknown kind": lambda d, t: d["tensors"]["conv1.weight"].__setitem__(0, "code"),
+    "tensor in an unknown order": lambda d, t: d["tensors"]["conv1.weight"].__setitem__(2, "strided"),
+    "named tensor without layer": lambda d, t: d["tensors"].update({"conv1.extra": BUFFER}),
+    "named tensor in no module": lambda d, t: d["tensors"].update({"a.b": BUFFER}),
+    "tensor in the place of a method": lambda d, t: (
+        d["tensors"].update({"forward": BUFFER}),
+        d["nodes"].insert(1, {"op": "get_attr", "name": "a", "target": "forward", "args": [], "kwargs": {}})),
+    "attribute that is no tensor": lambda d, t: d["nodes"].insert(
+        1, {"op": "get_attr", "name": "a", "target": "conv1", "args": [], "kwargs": {}}),
+    "dictionary with a node as key": lambda d, t: d["nodes"][1].update(args=[{"dict": [[{"node": "x"}, 1]]}]),
     "reference to a later node": lambda d, t: d["nodes"][1].update(args=[{"node": d["nodes"][3]["name"]}]),
     "reference to nothing": lambda d, t: d["nodes"][1].update(args=[{"node": "nothing"}]),
     "unknown kind of argument": lambda d, t: d["nodes"][1].update(args=[{"pickle": "gASVAAAA"}]),
     "argument of two kinds": lambda d, t: d["nodes"][1].update(args=[{"node": "x", "tuple": []}]),
     "deep nesting": lambda d, t: d["nodes"][1].update(args=[nested(400)]),
-    "unknown dtype": lambda d, t: d["nodes"][1].update(args=[{"dtype": "object"}]),
+    "unknown dtype": lambda d, t: d["nodes"][1].update(args=[{"constant": "object"}]),
+    "another device": lambda d, t: d["nodes"][1].update(args=[{"constant": "cuda:0"}]),
     "nodes are no list": lambda d, t: d.update(nodes=3),
     "no nodes": lambda d, t: d.pop("nodes"),
     "modules are no dict": lambda d, t: d.update(modules=[1]),
@@ -224,6 +401,14 @@ def test_hostile_description_is_refused(written, tmp_path, rule, capsys):
     with pytest.raises(files.ModelFileError, match=r"hostile\.mfp"):
         mfp.load(tmp_path / "hostile.mfp")
     assert capsys.readouterr().out == ""
+
+
+def test_file_of_version_1_says_what_to_do(written, tmp_path):
+    rewritten(written, tmp_path / "old.mfp", lambda d, t: d.update(version=1))
+    with pytest.raises(
+        files.ModelFileError, match="written by mfp 0.1; make it again from the checkpoint with `mfp compact`"
+    ):
+        mfp.load(tmp_path / "old.mfp")
 
 
 def test_unchanged_description_still_loads(written, tmp_path):

@@ -11,6 +11,8 @@ import torch
 
 from mfp import ops
 
+pytestmark = pytest.mark.usefixtures("three_threads")
+
 N, K = 17, 2**27  # N * K, and where the last filter starts, are not below 2^31
 
 

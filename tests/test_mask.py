@@ -7,6 +7,8 @@ from torch import nn
 import mfp
 from mfp import ops, reference
 
+pytestmark = pytest.mark.usefixtures("three_threads")
+
 
 class Net(nn.Module):
     def __init__(self):

@@ -13,6 +13,8 @@ from mfp import ops, reference
 from mfp.errors import MfpError
 from mfp.optim import MaskedAdamW, MaskedSGD
 
+pytestmark = pytest.mark.usefixtures("three_threads")
+
 STEPS = 50
 SGD_SETTINGS = [
     {"lr": 0.1},

@@ -5,6 +5,8 @@ import torch
 
 from mfp import ops
 
+pytestmark = pytest.mark.usefixtures("three_threads")
+
 CL = torch.channels_last
 SHAPES = [
     (1, 1, 1, 1),

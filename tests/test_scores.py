@@ -14,6 +14,8 @@ from torch import nn
 import mfp
 from mfp import criteria, ops, reference
 
+pytestmark = pytest.mark.usefixtures("three_threads")
+
 NAMED = tuple(criteria.NAMED)
 GENERAL = ("l1.5_norm", "l3_norm", "l1.5_distance", "l3_distance")
 # Single precision sums of blocks, double precision across them: the bound of the design, for every dtype, because
@@ -248,7 +250,13 @@ def test_reference_backend_is_the_oracle():
 def small_model():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Flatten(), nn.Linear(6, 2)
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 2),
     )
 
 

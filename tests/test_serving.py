@@ -11,7 +11,7 @@ from torch import nn
 
 import mfp
 from mfp import ops
-from mfp.compact.modules import FusedJoin, ServingConv2d, ServingJoin2d
+from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d
 
 
 def served(model: nn.Module, x: torch.Tensor) -> nn.Module:
@@ -180,14 +180,25 @@ def test_hooks_stay():
     served(model, images())
 
 
-def test_a_piece_of_the_users_may_return_its_input():
+def test_operators_that_may_return_their_input():
+    """Inactive dropout, reshape, contiguous and to() give what they are given: that memory is not overwritten."""
+    operators = [
+        lambda x: F.dropout(x, 0.5, training=False), lambda x: x.reshape(x.shape), lambda x: x.contiguous(),
+        lambda x: x.to(x.dtype), lambda x: x[:, :], lambda x: x.expand_as(x),
+    ]  # fmt: skip
+    for same in operators:
+        serving = served(Net(lambda net, x, same=same: (lambda y: y + net.b(same(y)))(net.a(x))), images())
+        assert not serving.b.inplace
+
+
+def test_a_module_of_the_users_may_return_its_input():
     class Pass(nn.Module):
         def forward(self, x):
             return x
 
     model = Net(lambda net, x: (lambda y: y + net.b(net.same(y)))(net.a(x))).eval()
     model.same = Pass()
-    serving = mfp.compact(model, images(), fold_bn=True, leaf_modules=[Pass])
+    serving = mfp.compact(model, images(), fold_bn=True)
     assert not serving.b.inplace
     with torch.inference_mode():
         assert difference(model(images()), serving(images())) < 1e-5

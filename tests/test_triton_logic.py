@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.long
 def test_kernels_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(TESTS / "triton_cases.py")]

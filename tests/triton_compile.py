@@ -1,7 +1,7 @@
 """Compiles Triton kernels for GPUs that are not here. Run by test_triton_compile.py, in a process without interpreter.
 
-python tests/triton_compile.py resources   prints what ptxas says of every kernel for sm_80, sm_90 and sm_100
-python tests/triton_compile.py networks    prints how many compilations each of several networks caused
+python tests/triton_compile.py resources 80 90    prints what every kernel takes on sm_80 and sm_90
+python tests/triton_compile.py networks           prints how many compilations each of several networks caused
 """
 
 import re
@@ -46,23 +46,19 @@ VARIANTS = [
 
 
 def resources(kernel: JITFunction, constants: dict, warps: int, architecture: int) -> tuple[int, int]:
-    """Registers and bytes spilled, as ptxas reports them."""
+    """Registers and bytes of stack, where what does not fit into registers goes."""
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if "*" in signature[name]}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
-    assert compiled.asm["cubin"]
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    blackwell = tools / "ptxas-blackwell"
-    ptxas = blackwell if architecture >= 100 and blackwell.exists() else tools / "ptxas"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
         file.flush()
-        target = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
-        command = [str(ptxas), "-v", f"-arch={target}", file.name, "-o", "/dev/null"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = sum(int(number) for number in re.findall(r"(\d+) bytes spill", report))
-    return int(re.search(r"Used (\d+) registers", report)[1]), spills
+        command = [str(cuobjdump), "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"Function {kernel.__name__}" in report
+    return int(re.search(r"REG:(\d+)", report)[1]), int(re.search(r"STACK:(\d+)", report)[1])
 
 
 class _Device:
@@ -120,6 +116,6 @@ if __name__ == "__main__":
         print(*compilations_of_networks())
     else:
         for kernel, constants, warps in VARIANTS:
-            for architecture in (80, 90, 100):
+            for architecture in map(int, sys.argv[2:]):
                 flags = "".join(f"{int(value)}" for value in constants.values() if value in (0, 1))
                 print(f"{kernel.__name__}[{flags}]", architecture, *resources(kernel, constants, warps, architecture))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from mfp.graph import eval_mode, example_arguments
+from mfp.capture import eval_mode, example_arguments
 
 aten = torch.ops.aten
 

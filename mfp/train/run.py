@@ -117,7 +117,7 @@ def make_pruner(config: RunConfig, model: nn.Module, data: ImageData, world: Wor
         calibration=calibration_batches(config, data, world), mode=config.mode, interval=config.interval,
         epochs=config.choosing_epochs, mask_bn=config.mask_bn, channel_multiple=config.channel_multiple,
         skip=config.skip, layer_rates=config.layer_rates or None, per_layer=config.per_layer,
-        coupled=config.coupled, recalibrate=config.recalibrate,
+        coupled=config.coupled, recalibrate=config.recalibrate, example_input=data.example().to(world.device),
     )  # fmt: skip
     if not any(layer.num_pruned for layer in pruner.plan.layers):
         raise MfpError(

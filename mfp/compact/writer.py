@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from mfp.compact.channels import Network
-from mfp.compact.modules import ExpandChannels, SelectChannels
+from mfp.modules import ExpandChannels, SelectChannels
+
+aten = torch.ops.aten
 
 
 @dataclass
@@ -26,41 +27,39 @@ class Piece:
     ids: Tensor | None = None
 
 
-class Builder:
+class Writer:
     """Holds the graph being written; rules ask it for their inputs in the channel set that they want."""
 
-    def __init__(self, network: Network, multiple: int) -> None:
+    def __init__(self, network: Network, multiple: int, attribute_rule: Any) -> None:
         self.network = network
         self.multiple = multiple  # channel counts that the processor likes; see pad
+        self.attribute_rule = attribute_rule
         self.graph = fx.Graph()
         self.root = nn.Module()
-        self.pieces: dict[fx.Node, Any] = {}  # Piece, list of Pieces, or a plain Python value
-        self.origins: dict[nn.Parameter, tuple[nn.Parameter, Callable[[Tensor], Tensor]]] = {}  # of new parameters
-        self.shared: dict[int, Any] = {}  # by id of the original module: how it was cut
-        self.kept: dict[int, str] = {}  # by id of the original module: the name of its copy
+        self.pieces: dict[fx.Node, Any] = {}  # Piece, or list of Pieces
+        self.origins: dict[nn.Parameter, tuple[str, Callable[[Tensor], Tensor]]] = {}  # of new parameters
+        self.cuts: dict[str, Any] = {}  # by name of a weight: how it was cut
         self.expanded: dict[fx.Node, list[str]] = {}  # reader: what was widened for it
-        self.must_run: set[fx.Node] = set()  # nodes that may work in place: no dead code, even without readers
 
     # ---- reading inputs
 
+    def piece(self, node: fx.Node) -> Any:
+        """What was written for a node; parameters are written when they are first read, if they are."""
+        if node not in self.pieces and node.op == "get_attr":
+            self.pieces[node] = self.attribute_rule.write(self, node)
+        return self.pieces[node]
+
     def ids(self, node: fx.Node) -> Tensor:
-        """The physical channels of a node's piece, written out; only for nodes with known channels or a shape."""
-        piece = self.pieces[node]
-        if piece.ids is not None:
-            return piece.ids
-        known = self.network.known(node)
-        return torch.arange(len(known))
+        """The channels of a node's piece, written out; only for nodes with known channels."""
+        found = self.piece(node).ids
+        return torch.arange(len(self.network.known(node))) if found is None else found
 
     def full(self, node: fx.Node, reader: fx.Node) -> Any:
         """The value at its original width, for readers that are not understood (and for the network's outputs)."""
-        piece = self.pieces[node]
+        piece = self.piece(node)
         if isinstance(piece, list):
-            parts = [
-                self._full_piece(p, c, node, reader) for p, c in zip(piece, self.network.channels[node], strict=True)
-            ]
-            return tuple(parts)
-        if not isinstance(piece, Piece):
-            return piece
+            known = self.network.channels[node]
+            return tuple(self._full_piece(p, c, node, reader) for p, c in zip(piece, known, strict=True))
         return self._full_piece(piece, self.network.channels.get(node), node, reader)
 
     def _full_piece(self, piece: Piece, known: Any, node: fx.Node, reader: fx.Node) -> fx.Node:
@@ -76,7 +75,7 @@ class Builder:
 
         The returned ids are -1 where the channel's value was given up because nobody needs it.
         """
-        piece = self.pieces[node]
+        piece = self.piece(node)
         known = self.network.channels_at(node, dim)
         if piece.ids is not None and self.network.known(node).dim != known.dim:
             raise AssertionError(f"{node.name}: channels along {known.dim} asked, shrunk along another dimension")
@@ -98,11 +97,17 @@ class Builder:
         ids = torch.where(found | ~constant.isnan(), wanted, -1)
         fill = torch.where(found, 0.0, constant.nan_to_num())
         in_order = torch.equal(position[found], torch.arange(len(present)))
+        dtype = self.dtype_of(node)
         module = ExpandChannels(
             position[found], found.nonzero().flatten(), len(wanted), known.dim,
-            fill.to(node.meta["dtype"]) if fill.any() else None, in_order,
+            fill.to(dtype) if fill.any() else None, in_order,
         )  # fmt: skip
         return Piece(self.call(f"{node.name}_expand", module, (piece.node,)), ids)
+
+    @staticmethod
+    def dtype_of(node: fx.Node) -> torch.dtype:
+        value = node.meta["val"]
+        return (value if isinstance(value, Tensor) else value[0]).dtype
 
     def pad(self, kept: Tensor, live: Tensor) -> Tensor:
         """bool [channels]: the kept ones, and constant ones that fill up their number to a multiple."""
@@ -115,32 +120,25 @@ class Builder:
 
     def value(self, argument: Any) -> Any:
         """An argument of an original node for the new graph, tensors in whatever channel set they have."""
+        return fx.map_arg(argument, lambda node: self.piece(node).node)
 
-        def convert(node: fx.Node) -> Any:
-            piece = self.pieces[node]
-            return piece.node if isinstance(piece, Piece) else piece
+    def emit(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+        """The same operator under the same name, with these arguments."""
+        return self.graph.create_node(node.op, node.target, args, kwargs, node.name)
 
-        return fx.map_arg(argument, convert)
+    def reshape(self, node: fx.Node, source: fx.Node, sizes: list[Any]) -> fx.Node:
+        """view under the original node's name, for memory in any order."""
+        return self.graph.create_node("call_function", aten.reshape.default, (source, sizes), {}, node.name)
 
-    def emit(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node | Any:
-        """Copies a node with these arguments; plain arithmetic on plain numbers is done at once."""
-        if node.op == "call_module":
-            name = self.keep_module(node.target, as_is=node in self.network.opaque)
-            return self.create(node, name, args, kwargs)
-        values = [*args, *kwargs.values()]
-        plain = all(isinstance(v, int | float | bool) for v in values)
-        if plain and node.op == "call_function" and getattr(operator, node.target.__name__, None) is node.target:
-            return node.target(*args, **kwargs)
-        if node.op == "get_attr":
-            self.keep_attribute(node.target)
-        return self.create(node, node.target, args, kwargs)
+    def size(self, source: fx.Node, dim: int) -> fx.Node:
+        return self.graph.call_function(aten.sym_size.int, (source, dim))
 
-    def create(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        """A node of the same kind and name as the original one."""
-        new = self.graph.create_node(node.op, target, args, kwargs, node.name)
-        if node in self.network.opaque:
-            self.must_run.add(new)
-        return new
+    def select(self, node: fx.Node, index: Tensor, dim: int) -> fx.Node:
+        """Takes the channels ``index`` of a node of the compact graph."""
+        return self.call(f"{node.name}_select", SelectChannels(index, dim), (node,))
+
+    def pick(self, several: fx.Node, index: int) -> fx.Node:
+        return self.graph.call_function(operator.getitem, (several, index))
 
     def call(self, name: str, module: nn.Module, args: tuple) -> fx.Node:
         """Calls a module that the original network does not have."""
@@ -152,7 +150,13 @@ class Builder:
         """Registers a module under a dotted name that is still free, with the containers on the way."""
         path, _, last = name.rpartition(".")
         parent = self.container(path)
-        while hasattr(parent, last):
+        old = parent._modules.get(last)
+        if old is not None and type(old) is nn.Module:  # a container that was made for something inside it
+            for inner, part in [*old._modules.items(), *old._parameters.items(), *old._buffers.items()]:
+                if not hasattr(module, inner):
+                    setattr(module, inner, part)
+            del parent._modules[last]
+        while hasattr(parent, last) or not last:
             last += "_"
         parent.add_module(last, module)
         return f"{path}.{last}" if path else last
@@ -165,34 +169,23 @@ class Builder:
             parent = parent._modules[part]
         return parent
 
-    def derive(self, old: nn.Parameter, left: Callable[[Tensor], Tensor]) -> nn.Parameter:
-        """A parameter with what is ``left`` of an old one; the same can be done later to tensors of its shape."""
-        new = nn.Parameter(left(old.detach()), old.requires_grad)
-        self.origins[new] = old, left
+    def derive(self, name: str, left: Callable[[Tensor], Tensor]) -> nn.Parameter | Tensor:
+        """What is ``left`` of a tensor; of a parameter a parameter, and the same can be done later to its like."""
+        old = self.network.tensors[name]
+        value = left(old.detach())
+        if not isinstance(old, nn.Parameter):
+            return value
+        new = nn.Parameter(value, old.requires_grad)
+        self.origins[new] = name, left
         return new
 
-    def keep_module(self, target: str, as_is: bool) -> str:
-        """Copies a module of the original network as it is, once; the name it has now."""
-        original = self.network.modules[target]
-        if id(original) not in self.kept:
-            module = copy.deepcopy(original)
-            for part in module.modules():
-                if getattr(part, "inplace", False) is True and not as_is:
-                    part.inplace = False
-            self.kept[id(original)] = self.add(target, module)
-            for new, old in zip(module.parameters(), original.parameters(), strict=True):
-                self.origins[new] = old, torch.clone
-        return self.kept[id(original)]
-
-    def keep_attribute(self, target: str) -> None:
-        path, _, last = target.rpartition(".")
-        value = getattr(self.network.modules[path], last)
+    def attribute(self, name: str, left: Callable[[Tensor], Tensor]) -> fx.Node:
+        """A get_attr node for what is ``left`` of a parameter or buffer."""
+        value = self.derive(name, left)
+        path, _, last = name.rpartition(".")
         parent = self.container(path)
-        if hasattr(parent, last):
-            return
         if isinstance(value, nn.Parameter):
-            parent.register_parameter(last, self.derive(value, torch.clone))
-        elif isinstance(value, Tensor):
-            parent.register_buffer(last, value.detach().clone())
+            parent.register_parameter(last, value)
         else:
-            setattr(parent, last, copy.deepcopy(value))
+            parent.register_buffer(last, value)
+        return self.graph.create_node("get_attr", name)

@@ -1,61 +1,75 @@
-"""The serving form: channels_last weights, joins fused with their ReLU, memory reused where that is provably safe."""
+"""Makes the serving form: channels_last weights, joins fused with their ReLU, memory reused where that is safe."""
 
 from __future__ import annotations
 
-import copy
-import operator
 from collections import Counter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
-from mfp.compact.modules import FusedJoin, ResidualJoin, ServingConv2d, ServingJoin2d
-from mfp.compact.normalize import ShapeRecorder, alias_families, is_in_place
+from mfp.capture import aliased_arguments, eval_mode
+from mfp.modules import ResidualJoin
+from mfp.serving.fold import fold_batchnorm
+from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d
 
-RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.LeakyReLU, nn.ELU)
-FUSED_ACTIVATIONS = {
-    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu", F.relu: "relu", torch.relu: "relu",
-    F.relu6: "relu6", F.hardswish: "hardswish", F.silu: "silu", "relu": "relu",
+aten = torch.ops.aten
+
+SERVING_BYTES = 16  # rows of channels should start at a multiple: 4 floats, 8 half floats as tensor cores take them
+FUSED_ACTIVATIONS = {aten.relu: "relu", aten.relu6: "relu6", aten.hardswish: "hardswish", aten.silu: "silu"}
+IN_PLACE = {
+    aten.relu: aten.relu_, aten.relu6: aten.relu6_, aten.hardtanh: aten.hardtanh_, aten.hardswish: aten.hardswish_,
+    aten.silu: aten.silu_, aten.leaky_relu: aten.leaky_relu_, aten.elu: aten.elu_,
 }  # fmt: skip
 
 
 @torch.no_grad()
-def prepare_for_serving(small: fx.GraphModule, arguments: dict[str, Any]) -> None:
-    """Rewrites a compact network with folded BatchNorm in place; its results stay the same."""
-    for module in small.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.dim() == 4:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-    ShapeRecorder(small).run(*arguments.values())
-    fuse_joins(small)
-    pack_convs(small)
-    join_in_convs(small)
-    reuse_memory(small)
+def prepare_for_serving(small: fx.GraphModule, arguments: dict[str, Any]) -> fx.GraphModule:
+    """The serving form of a compact network that has no operator in place; ``small`` is used up."""
+    with eval_mode(small):
+        fold_batchnorm(small)
+        for module in small.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, nn.Parameter) and weight.dim() == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        inputs = [arguments[node.target] for node in small.graph.nodes if node.op == "placeholder"]
+        ShapeProp(small).propagate(*inputs)
+        fuse_joins(small)
+        pack_convs(small)
+        join_in_convs(small)
+        reuse_memory(small)
     small.graph.lint()
+    return fx.GraphModule(small, small.graph, type(small).__name__)  # with what it uses alone
+
+
+def shape(node: fx.Node) -> torch.Size | None:
+    found = node.meta.get("tensor_meta")
+    return getattr(found, "shape", None)
+
+
+def packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
 
 
 def fuse_joins(small: fx.GraphModule) -> None:
     """ResidualJoin, and the sum of two equally shaped tensors, with the ReLU behind it, become a FusedJoin."""
     modules = dict(small.named_modules())
     for node in list(small.graph.nodes):
-        joined = join_of(node, modules)
-        if joined is None:
+        found = join_of(node, modules)
+        if found is None:
             continue
-        residual, branch, index, bias = joined
-        last, relu = node, only_relu_behind(node, modules)
-        if relu is not None and writes_between(node, relu, modules):
-            relu = None
-        if relu is not None:
-            last = relu
+        residual, branch, index, bias = found
+        behind = activation_behind(node)
+        relu = behind[0] if behind is not None and behind[1] == "relu" else None
+        last = node if relu is None else relu
         name = free_name(small, f"{node.name}_fused")
         small.add_submodule(name, FusedJoin(index, relu is not None, bias=bias))
         with small.graph.inserting_before(last):
             new = small.graph.call_module(name, (residual, branch))
         new.meta.update(last.meta)
         last.replace_all_uses_with(new)
-        for old in (last, node) if relu is not None else (node,):
+        for old in dict.fromkeys([last, node]):
             small.graph.erase_node(old)
 
 
@@ -66,32 +80,23 @@ def join_of(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, fx.N
         increasing = bool((join.index[1:] > join.index[:-1]).all())
         bias = None if join.bias is None else join.bias.detach()
         return (*node.args, join.index, bias) if join.dim == 1 and increasing else None
-    if node.op != "call_function" or node.target not in (operator.add, torch.add) or len(node.args) != 2 or node.kwargs:
+    if node.target is not aten.add.Tensor or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
         return None
     a, b = node.args
-    shapes = [part.meta.get("shape") if isinstance(part, fx.Node) else None for part in (a, b)]
-    if a is b or shapes[0] is None or shapes[0] != shapes[1] or len(shapes[0]) < 3:
+    if a is b or shape(a) is None or shape(a) != shape(b) or len(shape(a)) < 3:
         return None
-    return a, b, torch.arange(shapes[0][1], device=first_device(modules)), None
+    device = next((p.device for p in modules[""].parameters()), torch.device("cpu"))
+    return a, b, torch.arange(shape(a)[1], device=device), None
 
 
-def first_device(modules: dict[str, nn.Module]) -> torch.device:
-    return next((p.device for p in modules[""].parameters()), torch.device("cpu"))
-
-
-def only_relu_behind(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
-    """The ReLU that is the only reader of the node."""
-    found = activation_behind(node, modules)
-    return found[0] if found is not None and found[1] == "relu" else None
-
-
-def activation_behind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, str] | None:
+def activation_behind(node: fx.Node) -> tuple[fx.Node, str] | None:
     """The activation that is the only reader of the node, and its name."""
     if len(node.users) != 1:
         return None
     user = next(iter(node.users))
-    kind = type(modules[user.target]) if user.op == "call_module" else user.target
-    name = FUSED_ACTIVATIONS.get(kind) if user.op.startswith("call_") else None
+    if packet(user) is aten.hardtanh and user.args[1:] == (0.0, 6.0):
+        return user, "relu6"
+    name = FUSED_ACTIVATIONS.get(packet(user))
     return None if name is None else (user, name)
 
 
@@ -100,11 +105,10 @@ def pack_convs(small: fx.GraphModule) -> None:
     modules = dict(small.named_modules())
     calls: dict[str, list[fx.Node]] = {}
     for node in small.graph.nodes:
-        module = modules[node.target] if node.op == "call_module" else None
-        if type(module) is nn.Conv2d and not module._forward_hooks and not module._forward_pre_hooks:
+        if node.op == "call_module" and type(modules[node.target]) is nn.Conv2d:
             calls.setdefault(node.target, []).append(node)
     for target, nodes in calls.items():
-        found = activation_behind(nodes[0], modules) if len(nodes) == 1 else None
+        found = activation_behind(nodes[0]) if len(nodes) == 1 else None
         activation = "none" if found is None else found[1]
         replace_module(small, target, with_parameters_of(modules[target], ServingConv2d, activation=activation))
         if found is not None:
@@ -131,10 +135,10 @@ def join_in_convs(small: fx.GraphModule) -> None:
         if not isinstance(join, FusedJoin) or join.bias is not None:
             continue
         orders = [node.args]
-        if len(join.index) == node.meta["shape"][1]:
+        if len(join.index) == shape(node)[1]:
             orders.append(node.args[::-1])  # a sum of two whole tensors
         for residual, branch in orders:
-            if can_join(branch, modules) and calls[branch.target] == 1 and not writes_between(branch, node, modules):
+            if can_join(branch, modules) and calls[branch.target] == 1:
                 new = with_parameters_of(modules[branch.target], ServingJoin2d, index=join.index, relu=join.relu)
                 replace_module(small, branch.target, new)
                 modules[branch.target] = new
@@ -153,16 +157,6 @@ def can_join(branch: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return type(conv) is ServingConv2d and len(branch.users) == 1 and conv.groups == 1 and conv.activation == "none"
 
 
-def writes_between(first: fx.Node, last: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether an operation between the two works in place: the first one cannot be put off then."""
-    node = first.next
-    while node is not last:
-        if is_in_place(node, modules):
-            return True
-        node = node.next
-    return False
-
-
 def replace_module(small: fx.GraphModule, target: str, module: nn.Module) -> None:
     path, _, last = target.rpartition(".")
     setattr(small.get_submodule(path), last, module)
@@ -177,20 +171,15 @@ def free_name(small: fx.GraphModule, name: str) -> str:
 def reuse_memory(small: fx.GraphModule) -> None:
     """Joins and activations overwrite their input where nothing reads it, or any view of it, afterwards."""
     modules = dict(small.named_modules())
-    for node in list(small.graph.nodes):
+    for node in small.graph.nodes:
         module = modules.get(node.target) if node.op == "call_module" else None
-        whole = isinstance(module, FusedJoin) and len(module.index) == node.meta["shape"][1]
+        whole = isinstance(module, FusedJoin) and len(module.index) == shape(node)[1]
         if whole and not is_free_after(node, node.args[0], small.graph, modules):
             node.args = node.args[::-1]  # a sum of two whole tensors: either may be overwritten
         if isinstance(module, FusedJoin | ServingJoin2d):
             module.inplace = is_free_after(node, node.args[0], small.graph, modules)
-        elif type(module) in RECTIFIERS and is_free_after(node, node.args[0], small.graph, modules):
-            own = copy.deepcopy(module)  # the module may be called elsewhere, where it must not overwrite
-            own.inplace = True
-            name = free_name(small, f"{node.name}_in_place")
-            small.add_submodule(name, own)
-            modules[name] = own
-            node.target = name
+        elif packet(node) in IN_PLACE and is_free_after(node, node.args[0], small.graph, modules):
+            node.target = IN_PLACE[packet(node)].default
 
 
 def is_free_after(node: fx.Node, value: fx.Node, graph: fx.Graph, modules: dict[str, nn.Module]) -> bool:
@@ -206,3 +195,20 @@ def is_free_after(node: fx.Node, value: fx.Node, graph: fx.Graph, modules: dict[
         if alias.op in ("placeholder", "get_attr") or any(order[user] > order[node] for user in alias.users):
             return False
     return True
+
+
+def alias_families(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, set[fx.Node]]:
+    """For each node the nodes that may share its memory."""
+    family: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        family[node] = {node}
+        if node.op == "call_module":
+            kept = (FusedJoin, ServingJoin2d, nn.modules.dropout._DropoutNd)  # may return their first input
+            sources = list(node.args[:1]) if isinstance(modules[node.target], kept) else []
+        else:
+            sources = aliased_arguments(node) if node.op == "call_function" else []
+        for source in sources:
+            family[source] |= family[node]
+            for member in family[source]:
+                family[member] = family[source]
+    return family

@@ -1,0 +1,73 @@
+"""Which sizes of the inputs a captured graph holds for: in words, and as rules that a network can check."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+MULTIPLE = 32  # networks halve their images five times
+
+
+def size_rules(fake: Any) -> list[list]:
+    """What must hold for the sizes of an input, as [dimension, "is" | "multiple of" | "equal to dimension", number].
+
+    Empty where batch and image size are free. The number of channels, dimension 1, is not mentioned: a wrong one is
+    the first layer's to refuse.
+    """
+    rules: list[list] = []
+    seen: dict[str, int] = {}
+    if not isinstance(fake, Tensor) or fake.dim() < 2:
+        return rules
+    for dim, size in enumerate(fake.shape):
+        constant = _constant(size)
+        if dim == 1 or constant == 1:
+            continue
+        if constant is not None:
+            rules.append([dim, "is", constant])
+        elif str(size) in seen:
+            rules.append([dim, "equal to dimension", seen[str(size)]])
+        else:
+            seen[str(size)] = dim
+            factor = size.node.expr.as_coeff_Mul()[0]
+            if factor != 1:
+                rules.append([dim, "multiple of", int(factor)])
+    return rules
+
+
+def in_words(fake: Any) -> list[str]:
+    """The rules, and what else torch.export found that the sizes must fulfil, for the report."""
+    lines = []
+    for dim, kind, number in size_rules(fake):
+        what = "batch size" if dim == 0 else f"size of dimension {dim} of the input"
+        lines.append(f"{what}: {kind} {number}, by the example and the model's forward")
+    return lines if lines or not isinstance(fake, Tensor) else _equations(list(fake.shape[2:]))
+
+
+def _equations(sizes: list[Any]) -> list[str]:
+    """What must hold for the sizes that were left free (a linear layer behind flatten: their product is given)."""
+    free = [size for size in sizes if not isinstance(size, int)]
+    names = dict(zip(map(str, sizes), ("height", "width") if len(sizes) == 2 else "xyz", strict=False))
+    found = [guard.expr for size in free[:1] for guard in size.node.shape_env.guards]
+    texts = [f"{e.lhs} = {e.rhs}" for e in found if e.is_Equality and {str(s) for s in e.free_symbols} <= names.keys()]
+    for symbol, name in names.items():
+        texts = [re.sub(rf"\b{symbol}\b", name, text) for text in texts]
+    return [f"image sizes: {text}; the model's forward asks for it" for text in texts]
+
+
+def _constant(size: Any) -> int | None:
+    """A size that has one value, a symbolic one that turned out to (len(x), a comparison) included."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
+class TooInvolved(RuntimeError):
+    """An image size that no free symbol should be carried for."""
+
+
+def refuse_involved_sizes(module: Any, inputs: tuple) -> None:
+    """A hook for all modules: "same" padding for any size makes expressions that double with every layer, and minutes
+    of their algebra. For multiples of 32 they are plain numbers."""
+    for value in inputs:
+        if isinstance(value, Tensor) and any(not isinstance(s, int) and "Max(" in str(s) for s in value.shape[2:]):
+            raise TooInvolved

@@ -1,0 +1,59 @@
+"""Writes the compact graph, node by node in the original order."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from mfp.capture import DROPOUTS
+from mfp.capture.sizes import size_rules
+from mfp.compact.channels import Channels, Network, arguments
+from mfp.compact.operators import BY_KIND, rule_for
+from mfp.compact.writer import Piece, Writer
+from mfp.modules import InputSizes
+
+
+def write(net: Network, multiple: int) -> Writer:
+    """The compact graph, with channel counts filled up to a multiple."""
+    out = Writer(net, multiple, BY_KIND["get_attr"])
+    for node in net.graph.nodes:
+        if node.op == "get_attr":
+            continue  # written when it is read
+        if node.op == "output":
+            out.graph.output(fx.map_arg(node.args[0], lambda source, reader=node: out.full(source, reader)))
+            continue
+        rule = rule_for(net, node)
+        piece = write_dropout(out, node) if is_dropout(node) else rule.write(out, node)
+        if node.meta.get("is_input") and size_rules(node.meta["val"]):
+            check = InputSizes(size_rules(node.meta["val"]))
+            piece = Piece(out.call(f"{node.name}_sizes", check, (piece.node,)))
+        out.pieces[node] = tidy(piece, net.channels[node])
+    return out
+
+
+def tidy(piece: object, known: object) -> object:
+    """A piece that still has all channels in order says so with ids=None."""
+    if isinstance(piece, list):
+        return [tidy(part, channels) for part, channels in zip(piece, known, strict=True)]
+    cut = isinstance(piece, Piece) and piece.ids is not None and isinstance(known, Channels)
+    if cut and torch.equal(piece.ids, torch.arange(len(known))):
+        return Piece(piece.node)
+    return piece
+
+
+def is_dropout(node: fx.Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) in DROPOUTS
+
+
+def write_dropout(out: Writer, node: fx.Node) -> Piece:
+    """Dropout is a module again, so that train() switches it on; a functional one gets a module of its own."""
+    piece, share = out.piece(node.args[0]), arguments(node)["p"]
+    if share == 0:
+        return piece
+    name = node.meta["module"]
+    original = out.network.modules.get(name)
+    if not isinstance(original, nn.modules.dropout._DropoutNd):
+        name, original = node.name, DROPOUTS[node.target.overloadpacket]()
+    if name not in out.cuts:
+        out.cuts[name] = out.add(name, type(original)(share))
+    return Piece(out.graph.create_node("call_module", out.cuts[name], (piece.node,), {}, node.name), piece.ids)
