@@ -77,7 +77,7 @@ def test_a_conv_that_pads_by_the_size_of_its_input():
     model = nn.Sequential(
         killed(SameConv(3, 8, 3, stride=2), 1, 4), nn.BatchNorm2d(8), nn.ReLU(), SameConv(8, 5, 3, stride=2, bias=False)
     )  # fmt: skip
-    small = compacted(randomize(model), 3, 32, 32)
+    small = compacted(randomize(model), 3, 64, 64)
     assert [type(small.get_submodule(name)) for name in ("0", "3")] == [nn.Conv2d, nn.Conv2d]
     assert small.get_submodule("0").weight.shape == (6, 3, 3, 3)
     for size in ((64, 32), (96, 160)):

@@ -17,7 +17,8 @@ def model(filters=(16, 10)):
     torch.manual_seed(0)
     first, second = filters
     return nn.Sequential(
-        nn.Conv2d(3, first, 3), nn.BatchNorm2d(first), nn.ReLU(), nn.Conv2d(first, second, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(3, first, 3), nn.BatchNorm2d(first), nn.ReLU(), nn.Conv2d(first, second, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(second, 2),
     )  # fmt: skip
 

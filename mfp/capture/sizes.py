@@ -41,7 +41,7 @@ def in_words(fake: Any) -> list[str]:
     lines = []
     for dim, kind, number in size_rules(fake):
         what = "batch size" if dim == 0 else f"size of dimension {dim} of the input"
-        lines.append(f"{what}: {kind} {number}, by the example and the model's forward")
+        lines.append(f"{what}: {kind} {number}, as the example and the model's forward have it")
     return lines if lines or not isinstance(fake, Tensor) else _equations(list(fake.shape[2:]))
 
 
@@ -69,5 +69,5 @@ def refuse_involved_sizes(module: Any, inputs: tuple) -> None:
     """A hook for all modules: "same" padding for any size makes expressions that double with every layer, and minutes
     of their algebra. For multiples of 32 they are plain numbers."""
     for value in inputs:
-        if isinstance(value, Tensor) and any(not isinstance(s, int) and "Max(" in str(s) for s in value.shape[2:]):
+        if isinstance(value, Tensor) and any(not isinstance(s, int) and "Max(0, " in str(s) for s in value.shape[2:]):
             raise TooInvolved
