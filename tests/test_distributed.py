@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_helpers import one_thread, tiny_config, tiny_data, tiny_trainer  # noqa: F401
+from train_helpers import one_thread, tiny_config, tiny_data, tiny_structure, tiny_trainer  # noqa: F401
 
 from mfp.errors import MfpError
 from mfp.train import engine
@@ -66,6 +66,7 @@ def run_ranks(
     The processes are forked, so that they need not import torch again. `disturb` gets their ids when all have started.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    tiny_structure()
     port = free_port()
     children = []
     for rank in range(size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import mfp
+from mfp.structure import _KNOWN, structure_of
 from mfp.train.config import RunConfig
 from mfp.train.data import ImageData, SeededDataset, load_data
 from mfp.train.distributed import World
@@ -60,6 +62,14 @@ def tiny_config(**settings) -> RunConfig:
     )
 
 
+@functools.cache
+def tiny_structure() -> tuple:
+    """TinyNet's graph, captured once a process; forked ranks inherit it and need no capture of their own."""
+    model = TinyNet()
+    structure_of(model, torch.zeros(2, 3, 32, 32))
+    return _KNOWN[model]
+
+
 def tiny_trainer(
     directory: Path, config: RunConfig, data: ImageData, *, prune: bool = True, world: World | None = None
 ) -> Trainer:
@@ -67,6 +77,7 @@ def tiny_trainer(
     world = world or World()
     torch.manual_seed(7)
     model = TinyNet().to(world.device)
+    _KNOWN[model] = tiny_structure()
     pruner = None
     if prune:
         pruner = mfp.FilterPruner(

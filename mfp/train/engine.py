@@ -300,7 +300,8 @@ class Trainer:
         self._write("scores.safetensors", to_safetensors(tensors, {"layers": json.dumps(names)}))
 
     def _mask_average(self) -> None:
-        plan = make_plan(self.config, self.averaged.module)
+        own = self.pruner.plan
+        plan = mfp.FilterPlan(self.averaged.module, own.layers, own.channel_multiple)
         mfp.FilterMask(plan, self.pruner.mask.keep).apply_(mask_bn=self.config.mask_bn)
 
     def _say(self, record: dict[str, Any]) -> None:
