@@ -277,12 +277,18 @@ def compare(model, small, x, tolerance=1e-9) -> None:
 SETTINGS = settings(max_examples=55, suppress_health_check=list(HealthCheck))  # the rest: tests/conftest.py
 
 
+def any_size(small):
+    """Whether the network holds for other images than the example: maps of one pixel may make a size a constant."""
+    return not any("size of dimension" in line for line in small.report.kept_because)
+
+
 @SETTINGS
 @given(networks())
 def test_compact_equals_masked_on_random_graphs(model):
     small = mfp.compact(model, torch.randn(1, 3, 7, 7, dtype=torch.float64))
     compare(model, small, torch.randn(2, 3, 7, 7, dtype=torch.float64))
-    compare(model, small, torch.randn(1, 3, 9, 8, dtype=torch.float64))
+    if any_size(small):
+        compare(model, small, torch.randn(1, 3, 9, 8, dtype=torch.float64))
 
 
 @settings(SETTINGS, max_examples=20)
@@ -293,7 +299,7 @@ def test_serving_form_equals_masked_on_random_graphs(model):
     compare(model, small, torch.randn(2, 3, 7, 7, dtype=torch.float64))
     model = model.float()
     small = mfp.compact(model, torch.randn(1, 3, 7, 7), fold_bn=True)
-    for size in ((2, 3, 7, 7), (1, 3, 9, 8)):
+    for size in ((2, 3, 7, 7), (1, 3, 9, 8)) if any_size(small) else ((2, 3, 7, 7),):
         images = torch.randn(size)
         compare(model, small, images, 1e-4)
         compare(model, small, images.contiguous(memory_format=torch.channels_last), 1e-4)

@@ -16,6 +16,7 @@ import gc
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -40,6 +41,8 @@ import mfp
 RATE = 0.3
 TIMES_LIVE = 1.05
 EXACT = {torch.float32: 1e-4, torch.float64: 1e-5}  # of the largest output
+#: How a report says that other images than of the example's shape are not to be given (multiples of 32 are asked here).
+FIXED_SIZE = re.compile(r"(input|image) sizes?:|size of dimension \d+ of the input: (is|equal) ")
 OBSERVED = 8  # images the observer looks at
 #: Means of channels, in units of their spread. Around zero, rounding grows from layer to layer as in no trained network
 #: (BatchNorm with random weights: https://arxiv.org/abs/1902.08129): ResNet-152's float32 output is then off by 5e-4.
@@ -199,10 +202,10 @@ def compare(entry: Entry, result: dict[str, Any], mask_bn: bool, dtypes: Iterabl
     if result["times_live"] > TIMES_LIVE and not entry.known:
         result["failed"].append(f"{result['times_live']:.2f} times live")
 
-    # what capture says of image sizes: "input size: 64 x 64 as in the example", say
-    free = entry.resize and not any(line.startswith("input size") for line in whole.report.kept_because)
+    free = not any(FIXED_SIZE.match(line) for line in whole.report.kept_because)
     result["image_size"] = "free" if free else "fixed"
-    fresh = given(model, part, entry.example(images(3, size, size + 32 * free, 5)))
+    wider = size + 32 if free and entry.resize else size
+    fresh = given(model, part, entry.example(images(3, size, wider, 5)))
     for dtype in dtypes:
         with torch.no_grad():
             apart = difference(*(run(net.to(dtype), cast(copy.copy(fresh), dtype)) for net in (part, small)))
@@ -285,6 +288,8 @@ def main() -> int:
     names = [
         name for name, entry in ENTRIES.items() if fnmatchcase(name, pattern) and not (options.fast and entry.slow)
     ]
+    if not names:
+        parser.error(f"no network is called {options.only!r}")
     results, start = [], time.perf_counter()
     for result in measure_all(names, options.jobs):
         results.append(result)

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from mfp.capture.call_form import unlift
 from mfp.capture.functional import DROPOUTS, aliased_arguments, decompose, make_functional
-from mfp.capture.sizes import MULTIPLE, TooInvolved, in_words, refuse_involved_sizes, size_rules
+from mfp.capture.sizes import MULTIPLE, TooInvolved, holds_sizes, in_words, refuse_involved_sizes, size_rules
 from mfp.errors import CaptureError, MfpError
 
 __all__ = [
@@ -70,6 +70,10 @@ def capture(model: nn.Module, arguments: dict[str, Any], free_sizes: bool = True
         if not functional:  # a view of an overwritten tensor is read later: torch sorts that out, at thrice the time
             program = decompose(program)
         graph, tensors = unlift(program, model, arguments)
+        if not holds_sizes(graph):
+            fixed = []
+            for node in graph.nodes:
+                node.meta.pop("is_input", None)
     return Captured(graph, tensors, dict(model.named_modules()), fixed)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
 MULTIPLE = 32  # networks halve their images five times
 
@@ -59,6 +60,24 @@ def _equations(sizes: list[Any]) -> list[str]:
 def _constant(size: Any) -> int | None:
     """A size that has one value, a symbolic one that turned out to (len(x), a comparison) included."""
     return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
+# Operators whose arguments say nothing of an image's size: a graph of these alone holds for any.
+_NAMES = """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear batch_norm instance_norm
+    group_norm prelu max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d adaptive_max_pool2d cat flatten mean sum amax dropout softmax permute transpose hardswish square
+    channel_shuffle unsqueeze contiguous"""
+
+
+def holds_sizes(graph: fx.Graph) -> bool:
+    """Whether some argument in the graph may come from the sizes of its inputs."""
+    plain = {getattr(torch.ops.aten, name) for name in _NAMES.split()}
+    for node in graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        known = torch.Tag.pointwise in tags or getattr(node.target, "overloadpacket", None) in plain
+        if node.op == "call_function" and not known:
+            return True
+    return False
 
 
 class TooInvolved(RuntimeError):
