@@ -63,6 +63,8 @@ def aliased_arguments(node: fx.Node) -> list[fx.Node]:
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.all_input_nodes
     schema = node.target._schema
+    if node.target.overloadpacket is aten.batch_norm:  # tagged for its statistics, which eval mode does not write
+        return []
     if torch.Tag.maybe_aliasing_or_mutating in node.target.tags:
         return node.all_input_nodes
     if all(result.alias_info is None for result in schema.returns):

@@ -66,7 +66,7 @@ def _constant(size: Any) -> int | None:
 _NAMES = """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear batch_norm instance_norm
     group_norm prelu max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
     adaptive_avg_pool2d
-    adaptive_avg_pool3d adaptive_max_pool2d cat flatten mean sum amax dropout softmax permute transpose hardswish square
+    adaptive_avg_pool3d adaptive_max_pool2d cat flatten mean sum amax dropout softmax hardswish square
     channel_shuffle unsqueeze contiguous"""
 
 

@@ -92,7 +92,9 @@ class Elementwise(Rule):
         found, values = {}, {operand: parameter_value(net, operand) for operand in tensors_of(node)}
         for operand, value in values.items():
             own = own_dim(node, operand, dim)
-            if own is None:
+            if value is not None and value.numel() == 1 and any(v is None for v in values.values()):
+                found[operand] = value.detach().double().cpu().flatten().expand(count)
+            elif own is None:
                 found[operand] = all_live(dim, count).const
             elif value is not None and value.numel() == count and any(v is None for v in values.values()):
                 found[operand] = value.detach().double().cpu().flatten()
