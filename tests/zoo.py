@@ -42,7 +42,7 @@ RATE = 0.3
 TIMES_LIVE = 1.05
 EXACT = {torch.float32: 1e-4, torch.float64: 1e-5}  # of the largest output
 #: How a report says that other images than of the example's shape are not to be given (multiples of 32 are asked here).
-FIXED_SIZE = re.compile(r"(input|image) sizes?:|size of dimension \d+ of the input: (is|equal) ")
+FIXED_SIZE = re.compile(r"(input|image) sizes?:|size of dimension \d+ of the input: (is|equal|multiple) ")
 OBSERVED = 8  # images the observer looks at
 #: Means of channels, in units of their spread. Around zero, rounding grows from layer to layer as in no trained network
 #: (BatchNorm with random weights: https://arxiv.org/abs/1902.08129): ResNet-152's float32 output is then off by 5e-4.
