@@ -35,8 +35,9 @@ class InputSizes(nn.Module):
             else:
                 fits = size == (number if kind == "is" else x.shape[number])
             if not fits:
+                wanted = number if kind == "is" else f"{kind} {number}"
                 raise ValueError(
-                    f"this compact network takes inputs whose size in dimension {dim} is {kind} {number}, not {size}; "
+                    f"this compact network takes inputs whose size in dimension {dim} is {wanted}, not {size}; "
                     "compact the model again with such an example"
                 )
         return x

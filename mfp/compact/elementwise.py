@@ -138,7 +138,7 @@ class Elementwise(Rule):
         first, kept = next(iter(sets.values())), net.kept(node)
         alike = all(torch.equal(ids, first) for ids in sets.values())
         if not alike and self.is_sum(node, dims):
-            return self.join(out, node, kept, sets)
+            return self.join(out, node, kept, *self.by_role(out, kept, sets), torch.arange(len(known)))
         there = torch.isin(kept.nonzero().flatten(), first).all()
         wanted = first if alike and there else self.common_set(out, kept, sets)
         if not len(wanted):
@@ -178,43 +178,57 @@ class Elementwise(Rule):
         enough = bool(torch.isin(wanted, largest).all()) and len(largest) < len(wanted) + out.multiple
         return largest if enough else wanted
 
-    def join(self, out: Writer, node: fx.Node, kept: Tensor, sets: dict[fx.Node, Tensor]) -> Piece:
-        """residual + branch, the branch added where its channels are; the constants it lost are added with it."""
+    @staticmethod
+    def by_role(out: Writer, kept: Tensor, sets: dict[fx.Node, Tensor]) -> tuple[fx.Node, fx.Node]:
+        """(residual, branch): the residual is the operand that holds more of what is wanted."""
+        wanted = kept.nonzero().flatten()
+
+        def held(operand: fx.Node) -> tuple[bool, int]:
+            return bool(torch.isin(wanted, sets[operand]).all()), int(torch.isin(sets[operand], wanted).sum())
+
+        first, second = sets
+        return (second, first) if held(second) > held(first) else (first, second)
+
+    def join(
+        self, out: Writer, node: fx.Node, kept: Tensor, residual: fx.Node, branch: fx.Node, places: Tensor
+    ) -> Piece:
+        """residual + branch, the branch added where its channels are; the constants it lost are added with it.
+
+        ``places``: the result's channel of each channel of the branch.
+        """
         net, known = out.network, out.network.known(node)
         wanted = kept.nonzero().flatten()
-        holds = {operand: bool(torch.isin(wanted, ids).all()) for operand, ids in sets.items()}
-        useful = {operand: int(torch.isin(ids, wanted).sum()) for operand, ids in sets.items()}
-        residual, branch = sets
-        if (holds[branch], useful[branch]) > (holds[residual], useful[residual]):
-            residual, branch = branch, residual
-        stream = Piece(out.piece(residual).node, sets[residual])
-        if not holds[residual]:
+        own = self.present(out, branch, known.dim)
+        present = torch.where(own >= 0, places[own.clamp(min=0)], -1)
+        stream = Piece(out.piece(residual).node, self.present(out, residual, known.dim))
+        if not torch.isin(wanted, stream.ids).all():
             wide = kept.clone()
-            for ids in sets.values():  # what is there anyway need not be picked out
+            for ids in (stream.ids, present):  # what is there anyway need not be picked out
                 wide[ids[ids >= 0]] = True
-            stream = out.align(residual, out.pad(wide, known.live).nonzero().flatten(), net.known(residual).dim)
-        present = sets[branch]
+            stream = out.align(residual, out.pad(wide, known.live).nonzero().flatten(), known.dim)
         landing = torch.isin(present, stream.ids[stream.ids >= 0])
-        const = net.channels_at(branch, known.dim).const
+        const = torch.zeros(len(known), dtype=torch.float64)
+        const[places] = net.channels_at(branch, known.dim).const
         added = torch.isin(stream.ids, present[landing])
         lost = torch.where(stream.ids >= 0, const[stream.ids.clamp(min=0)], 0.0)
         ids = torch.where(added | ~lost.isnan(), stream.ids, -1)
         bias = torch.where(added | lost.isnan(), 0.0, lost)
         constants = bias.to(out.dtype_of(node)) if bias.any() else None
-        return Piece(self.write_join(out, node, branch, stream, present, landing, constants), ids)
+        if not landing.any():
+            joined = stream.node
+            if constants is not None:
+                joined = out.call(f"{node.name}_bias", AddConstants(constants, known.dim), (joined,))
+            return Piece(joined, ids)
+        source = out.piece(branch).node if landing.all() else out.align(branch, own[landing], known.dim).node
+        return Piece(self.write_join(out, node, source, stream, present[landing], constants), ids)
 
     @staticmethod
     def write_join(
-        out: Writer, node: fx.Node, branch: fx.Node, stream: Piece, present: Tensor, landing: Tensor,
-        constants: Tensor | None,
-    ) -> fx.Node:  # fmt: skip
-        dim = out.network.known(node).dim
-        if not landing.any():
-            if constants is None:
-                return stream.node
-            return out.call(f"{node.name}_bias", AddConstants(constants, dim), (stream.node,))
+        out: Writer, node: fx.Node, source: fx.Node, stream: Piece, channels: Tensor, constants: Tensor | None
+    ) -> fx.Node:
         order = {int(channel): i for i, channel in enumerate(stream.ids.tolist()) if channel >= 0}
-        channels = present[landing]
-        source = out.piece(branch).node if landing.all() else out.align(branch, channels, dim).node
         index = torch.tensor([order[int(channel)] for channel in channels])
-        return out.call(f"{node.name}_join", ResidualJoin(index, dim, constants), (stream.node, source))
+        if torch.equal(index, torch.arange(len(stream.ids))):  # torch's ONNX export loses an index_add of all channels
+            return out.graph.create_node("call_function", aten.add.Tensor, (stream.node, source), {}, node.name)
+        join = ResidualJoin(index, out.network.known(node).dim, constants)
+        return out.call(f"{node.name}_join", join, (stream.node, source))

@@ -15,6 +15,7 @@ from torch import fx
 from mfp.compact.channels import Network, has_shape
 from mfp.compact.contraction import KINDS, Contraction
 from mfp.compact.elementwise import Elementwise, is_elementwise
+from mfp.compact.indexed import Filled, IndexAdd, IndexCopy, IndexSelect
 from mfp.compact.movement import RESHAPES, ChannelShuffle, Pad, Permute, Reshape, Select, Slice, Squeeze
 from mfp.compact.norms import BatchNorm, NormAcrossChannels, PerChannelNorm, prelu_constant, shifted
 from mfp.compact.parts import Cat, Split
@@ -83,6 +84,10 @@ RULES: dict[Any, Rule] = {
     **each("replication_pad1d replication_pad2d replication_pad3d", Pad()),
     **each("chunk split split_with_sizes unbind tensor_split", Split()),
     **each("cat concat stack", Cat()),
+    **each("index_select", IndexSelect()),
+    **each("index_copy", IndexCopy()),
+    **each("index_add", IndexAdd()),
+    **each("new_zeros new_ones", Filled()),
     **each("matmul bmm mm addmm baddbmm einsum scaled_dot_product_attention", ReadsAll()),
 }  # fmt: skip
 
