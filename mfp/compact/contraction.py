@@ -137,6 +137,11 @@ class Contraction(Rule):
 def layer_name(net: Network, node: fx.Node, layer: Layer) -> str:
     """The module that holds the weight; for a weight that was computed the module that computed the layer."""
     path, _, last = layer.weight.target.rpartition(".")
+    around = path.rpartition(".")[0]
+    if isinstance(net.modules.get(around), ConvWithBorder):
+        path = around  # so that it has the old name again, and a border anew where it needs one
+    if isinstance(net.modules.get(path), ConvWithBorder) and last == "border":
+        return f"{path}_border"
     if last == "weight" and path:
         return path
     return node.meta["module"] or node.name
