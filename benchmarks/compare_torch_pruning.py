@@ -54,7 +54,7 @@ def compare(name: str) -> list[tuple]:
     networks = {
         "dense": model,
         "mfp": ours(model, example),
-        "mfp, coupled": ours(model, example, coupled=True, skip=()),
+        "mfp, coupled": ours(model, example, residual="coupled"),
     }
     try:
         networks["Torch-Pruning"] = theirs(model, example, mfp.flops(networks["mfp, coupled"], example))

@@ -146,6 +146,10 @@ def _build(description: dict[str, Any], stored: dict[str, Tensor]) -> fx.GraphMo
         values = dict(description["report"])
         values["layers"] = [LayerChange(**layer) for layer in values["layers"]]
         small.report = CompactReport(**values)
+        for shape, dtype in small.report.inputs.values():
+            sizes = all(type(size) is int and 0 <= size < 2**24 for size in shape)
+            if not sizes or not isinstance(CONSTANTS.get(dtype), torch.dtype):
+                raise ModelFileError(f"the inputs {small.report.inputs} make no sense")
     return small
 
 

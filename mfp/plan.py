@@ -18,6 +18,9 @@ from mfp.structure import CONVS, Structure, structure_of
 #: Projection shortcuts of residual networks, not pruned by default, as in the papers.
 DEFAULT_SKIP = ("downsample",)
 
+#: What may become of the filters at the end of a residual branch; see :meth:`FilterPlan.from_model`.
+RESIDUAL = ("index", "keep", "coupled")
+
 
 @dataclass(frozen=True)
 class Follower:
@@ -90,10 +93,10 @@ class FilterPlan:
         model: nn.Module,
         rate: float = 0.4,
         *,
-        skip: Sequence[str] = DEFAULT_SKIP,
+        skip: Sequence[str] | None = None,
         layer_rates: Mapping[str, float] | None = None,
         channel_multiple: int = 1,
-        coupled: bool = False,
+        residual: str = "index",
         example_input: Any = None,
     ) -> FilterPlan:
         """Plan all Conv1d/2d/3d layers of a model, and the 1x1 convs that it writes as Linear layers (ConvNeXt).
@@ -108,13 +111,17 @@ class FilterPlan:
         Args:
             rate: share of filters pruned per layer, in [0, 1).
             skip: patterns of layers to leave out: a layer's dotted name (``"conv1"`` is then that layer alone), else a
-                part of names (``"downsample"``) or a glob for whole names (``"layer4.*"``).
+                part of names (``"downsample"``) or a glob for whole names (``"layer4.*"``). None: the projection
+                shortcuts (``"downsample"``), as in the papers; nothing where layers are coupled.
             layer_rates: rates for single layers, by the same patterns, a full name before a pattern, a later pattern
                 before an earlier one; stronger than ``rate`` and ``skip``.
             channel_multiple: round the kept filters of a layer up to a multiple, never beyond the layer.
-            coupled: layers whose outputs meet in an addition or a product share one mask (their scores are summed), so
-                that the compact network consists of plain layers without index joins. A group is left out as a whole
-                when one of its layers is; pass ``skip=()`` to prune residual streams together with their shortcuts.
+            residual: which filters may go where layers meet in an addition. ``"index"``: any; what is left of a branch
+                is added to the stream by index, which mfp's serving form does for nothing and other engines do not.
+                ``"keep"``: none; layers that end in an addition stay whole, and so do the gates of squeeze-excite, so
+                that all that is left are plain layers.
+                ``"coupled"``: layers that meet in an addition or a product lose the same filters (their scores are
+                summed): plain additions of fewer channels. A group is left out as a whole when one of its layers is.
             example_input: what the model takes, as for :func:`mfp.compact`; needed where that is not one image.
 
         Raises:
@@ -123,15 +130,19 @@ class FilterPlan:
         """
         model = unwrap(model)
         layer_rates = dict(layer_rates or {})
-        check_plan_arguments(rate, skip, layer_rates, channel_multiple)
-        structure = _structure(model, example_input, coupled)
+        check_plan_arguments(rate, skip, layer_rates, channel_multiple, residual)
+        if skip is None:
+            skip = () if residual == "coupled" else DEFAULT_SKIP
+        structure = _structure(model, example_input, must_have=residual != "index")
         convs = {n: m for n, m in model.named_modules() if isinstance(m, CONVS) or n in structure.pointwise}
         skipped = set().union(*_match_all("skip", skip, convs).values())
         rates = _resolve_rates(layer_rates, convs)
-        group_of, fixed = (structure.groups, set(structure.fixed)) if coupled else ({}, set())
+        group_of, fixed = (structure.groups, set(structure.fixed)) if residual == "coupled" else ({}, set())
         followers, outputs = structure.followers, structure.outputs
         following = {name for names in followers.values() for name in names}
 
+        if residual == "keep":
+            skipped |= structure.bound
         left_out = {name for name in convs if name not in rates and (name in outputs or name in skipped)}
         fixed |= {group_of[name] for name in left_out & group_of.keys()}
         left_out |= {name for name, group in group_of.items() if group in fixed}
@@ -218,15 +229,15 @@ class FilterPlan:
         return FilterPlan(self.model, layers, self.channel_multiple)
 
 
-def _structure(model: nn.Module, example_input: Any, needed: bool) -> Structure:
+def _structure(model: nn.Module, example_input: Any, must_have: bool) -> Structure:
     """What the graph says; without one (a warning) the layers are planned all the same, where that is possible."""
-    nothing = Structure({}, set(), set(), {}, set())
+    nothing = Structure({}, set(), set(), {}, set(), set())
     if not any(isinstance(module, CONVS) for module in model.modules()):
         return nothing
     try:
         return structure_of(model, example_input)
     except CaptureError as error:
-        if needed:
+        if must_have:
             raise
         warnings.warn(
             f"{error}. Without the graph (give example_input=...) no BatchNorm or depthwise conv is masked together "
@@ -266,7 +277,9 @@ def check_rate(what: str, rate: float) -> None:
         raise MfpError(f"{what} must be in [0, 1), so that at least one filter of a layer stays; got {rate!r}")
 
 
-def check_plan_arguments(rate: float, skip: Sequence[str], layer_rates: Mapping[str, float], multiple: int) -> None:
+def check_plan_arguments(
+    rate: float, skip: Sequence[str] | None, layer_rates: Mapping[str, float], multiple: int, residual: str
+) -> None:
     """Raise MfpError for arguments that no model could make sense of."""
     check_rate("rate", rate)
     for pattern, value in layer_rates.items():
@@ -275,6 +288,8 @@ def check_plan_arguments(rate: float, skip: Sequence[str], layer_rates: Mapping[
         raise MfpError(f"skip must be a sequence of patterns, not the string {skip!r}; write ({skip!r},)")
     if not isinstance(multiple, int) or multiple < 1:
         raise MfpError(f"channel_multiple must be a whole number of at least 1, got {multiple!r}")
+    if residual not in RESIDUAL:
+        raise MfpError(f"residual must be one of {', '.join(map(repr, RESIDUAL))}, not {residual!r}")
 
 
 def _match_all(argument: str, patterns: Iterable[str], convs: Collection[str]) -> dict[str, set[str]]:

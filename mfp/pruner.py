@@ -17,7 +17,7 @@ from mfp.errors import MfpError
 from mfp.example import FirstBatch
 from mfp.mask import FilterMask
 from mfp.neighbours import trying
-from mfp.plan import DEFAULT_SKIP, FilterPlan, check_plan_arguments, unwrap
+from mfp.plan import FilterPlan, check_plan_arguments, unwrap
 from mfp.scores import FilterScores, check_criteria, score_filters
 from mfp.selection import prune_filters_, select_filters
 from mfp.sleep import Sleepers
@@ -92,7 +92,7 @@ class FilterPruner:
         mask_bn: zero biases and BatchNorm entries with the filters. Where pruned filters learn on, the values come back
             with the next forward pass in training mode, since no gradient would reach a filter behind a zeroed one.
         channel_multiple: round the kept filters per layer up to a multiple of this.
-        skip, layer_rates, coupled: see :meth:`mfp.FilterPlan.from_model`.
+        skip, layer_rates, residual: see :meth:`mfp.FilterPlan.from_model`.
         example_input: what the model takes (as for :func:`mfp.compact`): its graph is captured for the plan. Without it
             the calibration batches serve, or a plain image, or the first batch that the model sees from now on.
         per_layer: choose the criterion for each layer; only for attributes without data.
@@ -116,9 +116,9 @@ class FilterPruner:
         epochs: int | None = None,
         mask_bn: bool = True,
         channel_multiple: int = 1,
-        skip: Sequence[str] = DEFAULT_SKIP,
+        skip: Sequence[str] | None = None,
         layer_rates: Mapping[str, float] | None = None,
-        coupled: bool = False,
+        residual: str = "index",
         example_input: Any = None,
         per_layer: bool = False,
         recalibrate: bool = False,
@@ -138,10 +138,10 @@ class FilterPruner:
         self.attribute, self.calibration = attribute, calibration
         self.mode, self.interval, self.epochs = mode, interval, epochs
         self.mask_bn, self.per_layer, self.recalibrate = mask_bn, per_layer, recalibrate
-        check_plan_arguments(rate, skip, layer_rates or {}, channel_multiple)
+        check_plan_arguments(rate, skip, layer_rates or {}, channel_multiple, residual)
         self._plan_arguments = {
             "rate": rate, "skip": skip, "layer_rates": layer_rates,
-            "channel_multiple": channel_multiple, "coupled": coupled,
+            "channel_multiple": channel_multiple, "residual": residual,
         }  # fmt: skip
         self._plan: FilterPlan | None = None
         self._sleepers: Sleepers | None = None

@@ -35,6 +35,8 @@ class Structure:
         groups: convs and pointwise linears whose outputs meet in an addition or a product have one number.
         fixed: groups that also meet a tensor whose channels come from no conv alone (the input, a concatenation, a
             padded shortcut), so that they cannot lose channels together.
+        bound: layers that end in an addition, and gates of other layers' channels: a plain network cannot lose their
+            filters, whatever the values.
     """
 
     followers: dict[str, list[str]]
@@ -42,6 +44,7 @@ class Structure:
     pointwise: set[str]
     groups: dict[str, int]
     fixed: set[int]
+    bound: set[str]
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Structure]] = weakref.WeakKeyDictionary()
@@ -89,8 +92,7 @@ def guesses(model: nn.Module) -> Iterator[Tensor]:
 
 def _read(captured: Captured, model: nn.Module) -> Structure:
     reader = _Reader(captured, model)
-    groups, fixed = reader.coupled()
-    return Structure(reader.followers(), reader.outputs(), reader.pointwise(), groups, fixed)
+    return Structure(reader.followers(), reader.outputs(), reader.pointwise(), *reader.coupled())
 
 
 class _Reader:
@@ -185,9 +187,11 @@ class _Reader:
         found = {self.layer[node] for node in last if node in self.layer}
         return {name for name in found if isinstance(self.modules[name], nn.Linear)}
 
-    def coupled(self) -> tuple[dict[str, int], set[int]]:
+    def coupled(self) -> tuple[dict[str, int], set[int], set[str]]:
         parent: dict[str, str] = {}
         fixed: set[str] = set()
+        added: set[str] = set()
+        gates: set[str] = set()
         owner: dict[fx.Node, str | None] = {}  # a conv that stands for the node's channels
 
         def root(name: str) -> str:
@@ -210,6 +214,10 @@ class _Reader:
                     parent[root(name)] = root(known[0])
                 if known and len(known) < len(inputs):
                     fixed.add(known[0])
+                if packet(node) in (aten.add, aten.sub):
+                    added.update(known)
+                else:
+                    gates |= {name for name, source in zip(inputs, sources, strict=True) if name and gates_with(source)}
                 owner[node] = known[0] if len(known) == len(inputs) and known else None
             elif len(sources) == 1 and (
                 packet(node) in (aten.batch_norm, aten.mean, *ZERO_KEEPING)
@@ -218,7 +226,10 @@ class _Reader:
             ):
                 owner[node] = inputs[0]
         numbers = {name: number for number, name in enumerate(dict.fromkeys(root(name) for name in parent))}
-        return {name: numbers[root(name)] for name in parent}, {numbers[root(name)] for name in fixed}
+        groups = {name: numbers[root(name)] for name in parent}
+        summed = {groups[name] for name in added}
+        bound = gates | {name for name, group in groups.items() if group in summed}
+        return groups, {groups[name] for name in fixed}, bound
 
 
 def packet(node: fx.Node) -> Any:
@@ -229,6 +240,12 @@ def channels(node: fx.Node) -> int:
     """Filters of a conv's or a linear's result."""
     value = node.meta["val"]
     return value.shape[-1] if packet(node) is aten.linear else value.shape[1]
+
+
+def gates_with(source: fx.Node) -> bool:
+    """Whether a factor has one number per channel and image: squeeze-excite."""
+    shape = source.meta["val"].shape
+    return len(shape) > 2 and all(size == 1 for size in shape[2:])
 
 
 def is_pointwise(node: fx.Node) -> bool:

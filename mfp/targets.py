@@ -72,7 +72,7 @@ def find_rate(
         target_flops, target_parameters, target_latency: exactly one; what may remain, as a share of the unpruned
             network (``"50%"``) or as a number (multiply-adds, parameters, milliseconds a forward pass).
         criterion: which filters go while searching; counts hardly depend on it.
-        plan_arguments: ``skip``, ``layer_rates``, ``channel_multiple``, ``coupled`` of ``FilterPlan.from_model``.
+        plan_arguments: ``skip``, ``layer_rates``, ``channel_multiple``, ``residual`` of ``FilterPlan.from_model``.
 
     Raises:
         MfpError: not exactly one target, one that is no cost, or one that no rate reaches: says how near it came.

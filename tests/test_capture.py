@@ -179,6 +179,21 @@ def test_a_fixed_batch_is_said():
     small = mfp.compact(Sizes(lambda x: sum(x[i] for i in range(len(x)))), torch.randn(3, 3, 8, 8), fold_bn=True)
     assert any(line.startswith("batch size: is 3,") for line in small.report.kept_because)
 
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.token = nn.Conv2d(3, 4, 1), nn.Parameter(torch.ones(1, 4))
+
+        def forward(self, x):
+            tokens = self.conv(x).flatten(2).transpose(1, 2)
+            return torch.cat([self.token.expand(len(tokens), 1, -1), tokens], 1)  # len() makes a number of the size
+
+    with pytest.warns(UserWarning, match="removed nothing"):
+        small = mfp.compact(Token(), torch.randn(1, 3, 8, 8))
+    assert any(line.startswith("batch size: is 1,") for line in small.report.kept_because)
+    with pytest.raises(ValueError, match="whose size in dimension 0 is 1, not 2"):
+        small(torch.randn(2, 3, 8, 8))
+
 
 @pytest.mark.parametrize(("function", "said"), [
     (lambda x: F.linear(x.flatten(1), torch.ones(3, 4 * 64)), r"image sizes: 4\*(height\*width|width\*height) = 256"),

@@ -88,7 +88,7 @@ class RandomNetwork(nn.Module):
                 values.append(out)
             elif kind == "token":
                 tokens = read[0].flatten(2).transpose(1, 2)
-                tokens = torch.cat([getattr(self, extra).weight[None].expand(len(tokens), -1, -1), tokens], 1)
+                tokens = torch.cat([getattr(self, extra).weight[None].expand(tokens.shape[0], -1, -1), tokens], 1)
                 values.append(tokens[:, :-1].transpose(1, 2).reshape(read[0].shape))
             elif kind == "relu_":
                 values.append(F.relu(read[0], inplace=True))

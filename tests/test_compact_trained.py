@@ -36,7 +36,7 @@ def trained():
 @pytest.mark.parametrize("criterion", ["l1_norm", "l2_distance"])
 @pytest.mark.parametrize(
     ("rate", "mask_bn", "plan"),
-    [(0.3, True, {}), (0.6, False, {}), (0.4, True, {"skip": ()}), (0.5, True, {"skip": (), "coupled": True}),
+    [(0.3, True, {}), (0.6, False, {}), (0.4, True, {"skip": ()}), (0.5, True, {"residual": "coupled"}),
      (0.4, False, {"channel_multiple": 8})],
 )  # fmt: skip
 def test_compact_equals_masked(trained, criterion, rate, mask_bn, plan):

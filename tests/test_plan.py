@@ -187,7 +187,7 @@ def test_a_weight_not_laid_out_filter_by_filter_is_refused():
 
 def test_coupled_layers_share_one_mask():
     model = torchvision.models.resnet18()
-    plan = mfp.FilterPlan.from_model(model, 0.4, skip=(), coupled=True)
+    plan = mfp.FilterPlan.from_model(model, 0.4, residual="coupled")
     stream = [layer for layer in plan.layers if layer.group == plan["conv1"].group]
     assert [layer.name for layer in stream] == ["conv1", "layer1.0.conv2", "layer1.1.conv2"]
     assert plan["layer2.0.conv2"].group == plan["layer2.0.downsample.0"].group == plan["layer2.1.conv2"].group
@@ -202,10 +202,41 @@ def test_coupled_layers_share_one_mask():
 
 
 def test_coupled_groups_are_left_out_as_a_whole():
-    plan = mfp.FilterPlan.from_model(torchvision.models.resnet18(), coupled=True)  # shortcuts are skipped by default
+    model = torchvision.models.resnet18()
+    plan = mfp.FilterPlan.from_model(model, residual="coupled", skip=("downsample",))
     names = {layer.name for layer in plan.layers}
     assert "layer2.0.conv1" in names and "layer2.0.conv2" not in names and "layer1.0.conv2" in names
     with pytest.raises(mfp.MfpError, match="coupled layers must lose equally many filters: 'conv1' loses 25 of 64"):
-        mfp.FilterPlan.from_model(torchvision.models.resnet18(), coupled=True, layer_rates={"layer1.0.conv2": 0.1})
+        mfp.FilterPlan.from_model(model, residual="coupled", layer_rates={"layer1.0.conv2": 0.1})
     with pytest.raises(mfp.MfpError, match="does not take a coupled plan"):
         mfp.select_mix(plan, 0.1, 0.1)
+
+
+@pytest.mark.parametrize(("name", "whole", "pruned"), [
+    ("resnet18", ["conv1", "layer1.1.conv2", "layer3.0.downsample.0"], ["layer1.0.conv1", "layer4.1.conv1"]),
+    ("resnet50", ["layer1.0.conv3", "layer1.0.downsample.0"], ["conv1", "layer1.0.conv1", "layer1.0.conv2"]),
+    # the projections at the end of a branch, and the gates of squeeze-excite; not the projection that no sum reads
+    ("efficientnet_b0", ["features.2.1.block.3.0", "features.2.1.block.2.fc2"],
+     ["features.1.0.block.2.0", "features.2.1.block.0.0", "features.2.1.block.2.fc1"]),
+])  # fmt: skip
+def test_layers_that_end_in_an_addition_are_kept(name, whole, pruned):
+    model = getattr(torchvision.models, name)()
+    plan = mfp.FilterPlan.from_model(model, 0.4, residual="keep")
+    names = {layer.name for layer in plan.layers}
+    assert names.isdisjoint(whole) and names.issuperset(pruned)
+    everything = mfp.FilterPlan.from_model(model, 0.4, skip=())
+    assert names.issuperset(set(pruned)) and {layer.name for layer in everything.layers}.issuperset(whole)
+    mfp.prune_filters_(plan, "l2_norm")
+    small = mfp.compact(model.eval(), torch.randn(1, 3, 64, 64))
+    kinds = {type(module).__module__.split(".")[0] for module in small.modules() if not list(module.children())}
+    assert kinds == {"torch"}  # plain layers, no index joins
+    asked = mfp.FilterPlan.from_model(model, 0.4, residual="keep", layer_rates={whole[0]: 0.2})
+    assert asked[whole[0]].num_pruned > 0  # a layer that is named is pruned all the same
+
+
+def test_an_unknown_treatment_of_residual_streams():
+    message = "residual must be one of 'index', 'keep', 'coupled', not 'wide'"
+    with pytest.raises(mfp.MfpError, match=message):
+        mfp.FilterPlan.from_model(torchvision.models.resnet18(), residual="wide")
+    with pytest.raises(mfp.MfpError, match=message):
+        mfp.FilterPruner(torchvision.models.resnet18(), residual="wide")

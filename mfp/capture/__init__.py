@@ -30,7 +30,8 @@ from mfp.capture.sizes import MULTIPLE, TooInvolved, holds_sizes, in_words, refu
 from mfp.errors import CaptureError, MfpError
 
 __all__ = [
-    "DROPOUTS", "Captured", "aliased_arguments", "capture", "eval_mode", "example_arguments", "plain_tensors",
+    "DROPOUTS", "Captured", "aliased_arguments", "capture", "eval_mode", "example_arguments", "exported_program",
+    "plain_tensors", "program_bytes",
 ]  # fmt: skip
 HERE = str(Path(__file__).parent)
 
@@ -75,6 +76,32 @@ def capture(model: nn.Module, arguments: dict[str, Any], free_sizes: bool = True
             for node in graph.nodes:
                 node.meta.pop("is_input", None)
     return Captured(graph, tensors, dict(model.named_modules()), fixed)
+
+
+def exported_program(model: nn.Module, arguments: dict[str, Any]) -> tuple[torch.export.ExportedProgram, bool]:
+    """torch.export's own program of ``model.eval()`` for other tools, and whether its batch size is free.
+
+    Raises CaptureError as :func:`capture` does.
+    """
+    batch = _batch_size(arguments)
+    example = pytree.tree_map_only(Tensor, lambda t: _two_of(t, batch), arguments)
+    with plain_tensors(), eval_mode(model), torch.no_grad(), _quiet():
+        try:
+            program = _try_export(model, example, max(batch, 2), "batch")
+            inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+            rules = [rule for node in inputs for rule in size_rules(node.meta["val"])]
+            if batch and not any(dim == 0 and kind == "is" for dim, kind, _ in rules):
+                return program, True
+            return _try_export(model, arguments, batch, "none"), False
+        except Exception as error:  # whatever user code raises
+            raise CaptureError(_refusal(model, arguments, error)) from error
+
+
+def program_bytes(program: torch.export.ExportedProgram) -> bytes:
+    """The file that torch.export.load reads."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getvalue()
 
 
 def example_arguments(model: nn.Module, example_input: Any) -> dict[str, Any]:
@@ -148,7 +175,7 @@ def _export(model: nn.Module, arguments: dict[str, Any], free: bool) -> tuple[to
             continue
         inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
         rules = [rule for node in inputs for rule in size_rules(node.meta["val"])]
-        if kind == "none" or not any(dim == 0 for dim, *_ in rules):
+        if kind == "none" or not any(dim == 0 and number != 1 for dim, _, number in rules):
             fixed = [] if not free else [line for node in inputs for line in in_words(node.meta["val"])]
             return program, list(dict.fromkeys(fixed))
     raise CaptureError(_refusal(model, arguments, error)) from error

@@ -23,7 +23,7 @@ def size_rules(fake: Any) -> list[list]:
         return rules
     for dim, size in enumerate(fake.shape):
         constant = _constant(size)
-        if dim == 1 or constant == 1:
+        if dim == 1 or (constant == 1 and dim > 0):
             continue
         if constant is not None:
             rules.append([dim, "is", constant])

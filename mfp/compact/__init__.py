@@ -69,22 +69,14 @@ def _with_compact_part(model: nn.Module, example_input: Any, fold_bn: bool, name
 
 
 def _compact(model: nn.Module, arguments: dict[str, Any], fold_bn: bool) -> fx.GraphModule:
-    modes = {name: module.training for name, module in model.named_modules()}
-    multiple = serving_multiple(model) if fold_bn else 1
-
-    def written(like: nn.Module, arguments: dict[str, Any]) -> tuple[Captured, Network, Writer, fx.GraphModule]:
-        captured = capture(like, arguments)
-        with torch.no_grad():
-            net = analyse(captured)
-            out = write(net, multiple)
-        return captured, net, out, finish(out, type(like).__name__, modes)
+    modes, multiple = modes_of(model), serving_multiple(model) if fold_bn else 1
 
     def served(like: nn.Module, arguments: dict[str, Any]) -> fx.GraphModule:
-        return prepare_for_serving(written(like, arguments)[-1], arguments)
+        return prepare_for_serving(_written(like, arguments, multiple)[-1], arguments)
 
-    captured, net, out, plain = written(model, arguments)
+    captured, net, out, plain = _written(model, arguments, multiple)
     difference = check(
-        plain, model, arguments, lambda: locate(net, out, plain, arguments), lambda *like: written(*like)[-1]
+        plain, model, arguments, lambda: locate(net, out, plain, arguments), lambda *like: _written(*like, multiple)[-1]
     )
     small = plain
     if fold_bn:
@@ -97,6 +89,25 @@ def _compact(model: nn.Module, arguments: dict[str, Any], fold_bn: bool) -> fx.G
     if small.report.nothing_removed and not fold_bn:  # the serving form of a whole network is a use of its own
         warnings.warn(f"mfp.compact removed nothing: {small.report.nothing_removed}", stacklevel=3)
     return small
+
+
+def _written(
+    model: nn.Module, arguments: dict[str, Any], multiple: int
+) -> tuple[Captured, Network, Writer, fx.GraphModule]:
+    captured = capture(model, arguments)
+    with torch.no_grad():
+        net = analyse(captured)
+        out = write(net, multiple)
+    return captured, net, out, finish(out, type(model).__name__, modes_of(model))
+
+
+def plain_compact(model: nn.Module, arguments: dict[str, Any]) -> fx.GraphModule:
+    """The compact network alone, for those that go on with it: no report, no comparison, no warning."""
+    return _written(model, arguments, 1)[-1]
+
+
+def modes_of(model: nn.Module) -> dict[str, bool]:
+    return {name: module.training for name, module in model.named_modules()}
 
 
 def serving_multiple(model: nn.Module) -> int:

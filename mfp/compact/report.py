@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from mfp.compact.channels import Network
 from mfp.compact.contraction import layer_name, layer_of, nonzero_weights
@@ -31,7 +32,8 @@ class CompactReport:
 
     ``kept_because`` lists what the pass did not understand or had to leave at full width, each with the reason.
     ``max_difference`` is the largest difference between masked and compact outputs on the example, relative to
-    the largest output. ``nothing_removed`` says why, where the compact network is as large as the model.
+    the largest output. ``nothing_removed`` says why, where the compact network is as large as the model. ``inputs`` has
+    the example's shapes and dtypes by argument, ``{"x": [[1, 3, 224, 224], "float32"]}``; empty where they are nested.
     """
 
     layers: list[LayerChange]
@@ -42,6 +44,7 @@ class CompactReport:
     max_difference: float
     kept_because: list[str] = field(default_factory=list)
     nothing_removed: str = ""
+    inputs: dict[str, list] = field(default_factory=dict)
 
     @property
     def flops_saved(self) -> float:
@@ -91,7 +94,26 @@ def make_report(
     return CompactReport(
         layers, flops(model, arguments), flops(small, arguments), count_parameters(model), count_parameters(small),
         difference, [*fixed, *reasons(net, out), *filled], "" if changed or not layers else nothing,
+        described(arguments),
     )  # fmt: skip
+
+
+def described(arguments: dict[str, Any]) -> dict[str, list]:
+    """Shapes and dtypes of arguments that are tensors, all of them; nothing otherwise."""
+    if not all(isinstance(value, Tensor) for value in arguments.values()):
+        return {}
+    return {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in arguments.items()}
+
+
+def example_of(report: CompactReport | None) -> dict[str, Tensor] | None:
+    """Random inputs like those that a network was made with; None where that is not known."""
+    if report is None or not report.inputs:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator).to(getattr(torch, dtype))
+        for name, (shape, dtype) in report.inputs.items()
+    }
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int]:

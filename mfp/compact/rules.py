@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mfp.compact.channels import Channels, Network, arguments, has_shape, shape
+from mfp.compact.channels import Channels, Network, all_live, arguments, has_shape, shape
 from mfp.compact.writer import Piece, Writer
 
 
@@ -64,7 +64,8 @@ class Input(Rule):
 
 
 class Attribute(Rule):
-    """A parameter or buffer read by the graph itself (layer scale): zeros are constants, the rest is live."""
+    """A parameter or buffer read by the graph itself (layer scale). What its values make of the tensors that it meets,
+    the reader says."""
 
     understood = True
 
@@ -72,8 +73,7 @@ class Attribute(Rule):
         wide = [d for d, size in enumerate(shape(node)) if size > 1]
         if len(wide) != 1:
             return None
-        value = net.value(node).detach().double().cpu().flatten()
-        return Channels(wide[0], torch.where(value == 0, value, float("nan")))
+        return all_live(wide[0], shape(node)[wide[0]])
 
     def backward(self, net: Network, node: fx.Node) -> None:
         pass

@@ -11,6 +11,7 @@ from typing import Any
 
 from mfp.criteria import PAPER_CRITERIA
 from mfp.errors import MfpError
+from mfp.plan import RESIDUAL
 
 MODES = ("soft", "hard", "asymptotic", "cubic")
 SCHEDULES = ("cosine", "step", "constant")
@@ -57,9 +58,11 @@ class RunConfig:
     per_layer: bool = _option(False, "choose the criterion per layer (attributes without data)")
     mask_bn: bool = _option(True, "zero the BatchNorm of a pruned filter with it (the papers do not)")
     recalibrate: bool = _option(False, "re-estimate BatchNorm statistics after each pruning")
-    coupled: bool = _option(False, "layers that meet in an addition lose the same filters: no index joins")
+    residual: str = _option("index", "filters before additions: index (any go), keep (none go), coupled (together)")
     channel_multiple: int = _option(1, "round the filters kept per layer up to a multiple of this")
-    skip: tuple[str, ...] = _option(("downsample",), "parts of layer names that are not pruned, by commas")
+    skip: tuple[str, ...] | None = _option(
+        None, "parts of layer names that are not pruned, by commas; downsample if not given, none where coupled"
+    )
     layer_rates: dict[str, float] = _option({}, "rates of single layers, as conv1=0,fc=0.2")
     calibration_batches: int = _option(2, "batches of training images for attributes that need data")
 
@@ -91,9 +94,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("criteria", "skip", "milestones"):  # lists, when they come from JSON
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check("rate", 0 <= self.rate < 1, "at least 0 and below 1")
-        for name, choices in (("mode", MODES), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for name, choices in (
+            ("mode", MODES), ("schedule", SCHEDULES), ("precision", PRECISIONS), ("residual", RESIDUAL)
+        ):  # fmt: skip
             self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         for name in ("epochs", "batch", "accumulate", "interval", "calibration_batches", "channel_multiple"):
             self._check(name, getattr(self, name) >= 1, "at least 1")

@@ -463,7 +463,7 @@ def make_plan(config: RunConfig, model: nn.Module) -> mfp.FilterPlan:
         config.rate,
         skip=config.skip,
         layer_rates=config.layer_rates,
-        coupled=config.coupled,
+        residual=config.residual,
         channel_multiple=config.channel_multiple,
     )
 

@@ -34,7 +34,7 @@ class Recipe:
 
 def _recipes() -> dict[str, Recipe]:
     # option A's shortcuts have no weights, so that coupling loses nothing there: the residual stream gets narrower
-    recipes = {"demo": Recipe({"coupled": True}, "digits", {})}
+    recipes = {"demo": Recipe({"residual": "coupled"}, "digits", {})}
     flops_saved = {"resnet20": 54.0, "resnet32": 53.2, "resnet56": 52.6, "resnet110": 52.3}
     accuracy = {
         "resnet56": {"dense top-1": 93.59, "top-1": 92.93},

@@ -102,7 +102,7 @@ def find_rate(config: RunConfig, model: nn.Module, data: ImageData, world: World
     """The rate that reaches the target; rank 0 decides, since times differ from rank to rank."""
     found = mfp.find_rate(
         model, data.example().to(world.device), skip=config.skip, layer_rates=config.layer_rates or None,
-        channel_multiple=config.channel_multiple, coupled=config.coupled, **config.targets,
+        channel_multiple=config.channel_multiple, residual=config.residual, **config.targets,
     )  # fmt: skip
     reporter.say(f"for the target: {found}")
     rate = torch.tensor([found.rate], dtype=torch.float64, device=world.device)
@@ -117,7 +117,7 @@ def make_pruner(config: RunConfig, model: nn.Module, data: ImageData, world: Wor
         calibration=calibration_batches(config, data, world), mode=config.mode, interval=config.interval,
         epochs=config.choosing_epochs, mask_bn=config.mask_bn, channel_multiple=config.channel_multiple,
         skip=config.skip, layer_rates=config.layer_rates or None, per_layer=config.per_layer,
-        coupled=config.coupled, recalibrate=config.recalibrate, example_input=data.example().to(world.device),
+        residual=config.residual, recalibrate=config.recalibrate, example_input=data.example().to(world.device),
     )  # fmt: skip
     if not any(layer.num_pruned for layer in pruner.plan.layers):
         raise MfpError(

@@ -1,0 +1,198 @@
+"""A compact network leaves for the engine that serves it: ONNX, OpenVINO IR, torch.export's program.
+
+What leaves has BatchNorm folded into the convolutions, and plain additions instead of joins by index (widen.py); all
+operators are standard ones. engines.py runs and times the files.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mfp.atomic import write_atomically
+from mfp.capture import eval_mode, example_arguments, exported_program, plain_tensors, program_bytes
+from mfp.compact import plain_compact
+from mfp.compact.check import check
+from mfp.compact.count import flops
+from mfp.compact.report import described, example_of
+from mfp.errors import MfpError
+from mfp.export.widen import Widened, widen
+from mfp.plan import unwrap
+from mfp.serving.fold import fold_batchnorm
+
+__all__ = ["FORMATS", "ExportReport", "export"]
+
+
+@dataclass
+class ExportReport:
+    """What was written; ``str(report)`` says it in words.
+
+    Attributes:
+        files: the files, the one that was asked for first.
+        inputs: shapes and dtypes by argument, as in ``CompactReport.inputs``.
+        flops_compact: multiply-adds of the compact network, for the batch of the example.
+        flops_exported: the same with filters of zeros for plain additions.
+        grown: layers that got such filters, with their filters before and after.
+        left: joins by index that stayed, because no layer in front of them could grow.
+        free_batch: whether the batch size is free.
+        difference: of the outputs on the example, relative to the largest.
+    """
+
+    files: list[Path]
+    inputs: dict[str, list]
+    flops_compact: int
+    flops_exported: int
+    grown: dict[str, tuple[int, int]] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    free_batch: bool = True
+    difference: float = 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{file}: {file.stat().st_size:,} bytes" for file in self.files if file.exists()]
+        lines += [f"input {name}: {dtype} {size_in_words(shape, self.free_batch)}" for name, (shape, dtype) in self.inputs.items()]  # fmt: skip  # noqa: E501
+        lines.append(f"multiply-adds {self.flops_compact:,} compact, {self.flops_exported:,} exported")
+        if self.grown:
+            share = self.flops_exported / self.flops_compact - 1
+            examples = [f"{name} {before} → {after}" for name, (before, after) in list(self.grown.items())[:3]]
+            lines.append(
+                f"{len(self.grown)} layers in front of additions got filters of zeros ({', '.join(examples)}"
+                f"{', ...' if len(self.grown) > 3 else ''}): {share:+.1%} multiply-adds; a plan with "
+                'residual="keep" or "coupled" needs none'
+            )
+        lines += [f"{name} stays a join by index: no layer in front of it could grow" for name in self.left]
+        lines.append(f"largest relative difference of the outputs {self.difference:.1e}")
+        return "\n".join(lines)
+
+
+def size_in_words(shape: list[int], free_batch: bool) -> str:
+    return " x ".join(["any batch" if free_batch else str(shape[0]), *map(str, shape[1:])])
+
+
+def export(model: nn.Module, file: str | Path, example_input: Any = None) -> ExportReport:
+    """Writes a network for another engine; the format follows from the file's ending.
+
+    >>> small = mfp.compact(model, torch.zeros(1, 3, 224, 224))
+    >>> print(mfp.export(small, "small.onnx"))
+
+    Filters that are zero are removed on the way, so a masked network can be given as well.
+
+    Args:
+        model: the result of ``mfp.compact``, or any network that ``mfp.compact`` takes. It is left as it is.
+        file: ``.onnx``; ``.xml`` (OpenVINO IR, with a ``.bin`` beside it); ``.pt2`` (torch.export).
+        example_input: as for ``mfp.compact``; a compact network knows it. The batch size is free in the file, where the
+            model allows it; image sizes are those of the example.
+
+    Raises:
+        MfpError: another ending, a package that is missing, an operator that the format does not have (named), no
+            example, a file that cannot be written. Nothing is half written.
+    """
+    file = Path(file)
+    if file.suffix not in FORMATS:
+        raise MfpError(f"{file}: the ending says the format, one of {', '.join(FORMATS)}")
+    require(*FORMATS[file.suffix].packages)
+    network, arguments, report = prepare(model, example_input)
+    program, report.free_batch = exported_program(network, arguments)
+    report.files = FORMATS[file.suffix].write(program, file)
+    return report
+
+
+def prepare(model: nn.Module, example_input: Any = None) -> tuple[fx.GraphModule, dict[str, Any], ExportReport]:
+    """(the network as it is exported, forward's arguments, what was done); no file is written."""
+    model = unwrap(model)
+    example = example_input if example_input is not None else example_of(getattr(model, "report", None))
+    if example is None:
+        raise MfpError(f"give mfp.export an example input: this {type(model).__name__} does not say what it takes")
+    with plain_tensors(), eval_mode(model):
+        arguments = example_arguments(model, example)
+        network, widened = _prepared(model, arguments)
+        difference = check(
+            network, model, arguments, lambda: "it begins in the exported form",
+            lambda *like: _prepared(*like)[0],
+        )  # fmt: skip
+        report = ExportReport(
+            [], described(arguments), widened.flops_before, flops(network, arguments), widened.grown, widened.left,
+            difference=difference,
+        )  # fmt: skip
+    return network, arguments, report
+
+
+def _prepared(model: nn.Module, arguments: dict[str, Any]) -> tuple[fx.GraphModule, Widened]:
+    network = plain_compact(model, arguments).eval()
+    fold_batchnorm(network)
+    before = flops(network, arguments)
+    widened = widen(network, arguments)
+    widened.flops_before = before
+    return fx.GraphModule(network, network.graph, type(network).__name__), widened
+
+
+def require(*packages: str) -> None:
+    """Raises one line about the first package that is not there."""
+    import importlib.util
+
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            extra = "openvino" if package == "openvino" else "onnx"
+            raise MfpError(f"{package} is not installed; it comes with: pip install 'mfp[{extra}]'")
+
+
+# ---- formats
+
+
+def write_onnx(program: Any, file: Path) -> list[Path]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            made = torch.onnx.export(program, (), None, dynamo=True, verbose=False)
+            data = made.model_proto.SerializeToString()
+        except Exception as error:  # the exporter's errors have no common class
+            raise MfpError(f"{file}: cannot be expressed in ONNX: {_reason(error)}") from error
+    write_atomically(file, data)
+    return [file]
+
+
+def write_openvino(program: Any, file: Path) -> list[Path]:
+    import openvino
+
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            made = openvino.convert_model(program)
+        except Exception as error:
+            raise MfpError(f"{file}: cannot be expressed in OpenVINO IR: {_reason(error)}") from error
+        openvino.save_model(made, Path(directory) / "model.xml", compress_to_fp16=False)
+        for suffix in (".bin", ".xml"):
+            write_atomically(file.with_suffix(suffix), (Path(directory) / f"model{suffix}").read_bytes())
+    return [file, file.with_suffix(".bin")]
+
+
+def write_program(program: Any, file: Path) -> list[Path]:
+    write_atomically(file, program_bytes(program))
+    return [file]
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a kind of file is written, and the packages that it takes."""
+
+    write: Any
+    packages: tuple[str, ...] = ()
+
+
+FORMATS = {
+    ".onnx": Format(write_onnx, ("onnx", "onnxscript")),
+    ".xml": Format(write_openvino, ("openvino",)),
+    ".pt2": Format(write_program),
+}
