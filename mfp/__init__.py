@@ -10,6 +10,7 @@ from mfp.attributes import recalibrate_batchnorm
 from mfp.compact import CompactReport, compact, compact_optimizer, flops
 from mfp.criteria import PAPER_CRITERIA
 from mfp.errors import MfpError
+from mfp.export import ExportReport, export
 from mfp.files import load, save
 from mfp.mask import FilterMask
 from mfp.plan import FilterPlan
@@ -24,6 +25,7 @@ __all__ = [
     "PAPER_CRITERIA",
     "CompactReport",
     "Decision",
+    "ExportReport",
     "FilterMask",
     "FilterPlan",
     "FilterPruner",
@@ -33,6 +35,7 @@ __all__ = [
     "backend",
     "compact",
     "compact_optimizer",
+    "export",
     "find_rate",
     "flops",
     "load",

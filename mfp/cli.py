@@ -1,4 +1,4 @@
-"""The command line: mfp prune | compact | evaluate | bench | report | info.
+"""The command line: mfp prune | compact | export | evaluate | bench | report | info.
 
 Everything but `info` needs the extra `train`, so each command imports what it needs when it runs.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from mfp.errors import MfpError
@@ -240,16 +241,14 @@ def _runs(names: list[str]) -> str:
 def compact(
     checkpoint: Annotated[Path, typer.Argument(help="a run directory, or a checkpoint of one")],
     output: Annotated[Path, typer.Option(help="file to write")] = Path("small.mfp"),
-    onnx: Annotated[Path | None, typer.Option(help="also write ONNX, with BatchNorm folded")] = None,
     fold_bn: Annotated[bool, typer.Option("--fold-bn", help="fold BatchNorm into the convolutions")] = False,
     model: Annotated[str | None, typer.Option(help="package:function that built the network of the run")] = None,
 ) -> None:
     """Remove the pruned filters of a checkpoint: write the smaller network, say what was removed and what it saves."""
-    import copy
-
     import torch
 
     import mfp
+    from mfp.export import dense_like
     from mfp.train.evaluation import milliseconds_per_image
     from mfp.train.load import load_masked
 
@@ -257,21 +256,88 @@ def compact(
     example = torch.zeros(1, *image_shape)
     small = mfp.compact(masked, example, fold_bn=fold_bn)
     mfp.save(small, output)
-    full = copy.deepcopy(masked)
-    for parameter in full.parameters():
-        parameter.data[parameter.data == 0] = 1e-3  # nothing to remove
     serving = {
-        name: mfp.compact(network, example, fold_bn=True) for name, network in (("full", full), ("masked", masked))
+        name: mfp.compact(network, example, fold_bn=True)
+        for name, network in (("full", dense_like(masked)), ("masked", masked))
     }
     times = milliseconds_per_image(serving, torch.randn(8, *image_shape))
     print(small.report)
     print(f"milliseconds per image {times['full']:.3g} → {times['masked']:.3g} (8 at a time, BatchNorm folded)")
     print(f"{output}: {output.stat().st_size:,} bytes")
-    if onnx:
-        from mfp.train.load import write_onnx
 
-        write_onnx(small, example, onnx)
-        print(f"{onnx}: {onnx.stat().st_size:,} bytes")
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="a run directory, a checkpoint of one, or a file of mfp.save")],
+    output: Annotated[Path, typer.Argument(help="file to write: .onnx, .xml (OpenVINO) or .pt2 (torch.export)")],
+    verify: Annotated[bool, typer.Option("--verify", help="compare the engine's outputs with torch's")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="time the dense and the compact network")] = False,
+    engine: Annotated[str | None, typer.Option(help="that runs the file: onnxruntime, openvino, torch.compile")] = None,
+    batch: Annotated[str, typer.Option(help="images at a time for --measure, with commas")] = "1,8",
+    model: Annotated[str | None, typer.Option(help="package:function that built the network of the run")] = None,
+) -> None:
+    """Write a pruned network for the engine that serves it: BatchNorm folded, plain additions, any batch size."""
+    import torch
+
+    import mfp
+    from mfp.export import engines, export_and_arguments
+    from mfp.train.load import load_masked
+
+    engine = engine or engines.SERVES.get(output.suffix)
+    if (verify or measure) and engine:
+        engines.check_engine(engine)
+    batches = _whole_numbers("--batch", batch)
+    if source.suffix == ".mfp":
+        network, example = mfp.load(source), None
+    else:
+        network, image_shape = load_masked(source, _function(model) if model else None)
+        example = torch.zeros(1, *image_shape)
+    report, arguments = export_and_arguments(network, output, example)
+    print(report)
+    if verify:
+        for size, apart in engines.verify(output, network.eval(), arguments, engine).items():
+            print(f"{engine}, batch {size}: outputs differ from torch's by {apart:.1e} of the largest")
+    if measure:
+        _print_times(engine, output, None if source.suffix == ".mfp" else network, arguments, report, batches)
+
+
+def _whole_numbers(name: str, text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise MfpError(f"{name} {text!r}: write whole numbers, as 1,8")
+    return numbers
+
+
+def _print_times(engine: str, file: Path, masked: Any, arguments: dict, report: Any, batches: list[int]) -> None:
+    import tempfile
+
+    import mfp
+    from mfp.export import dense_like, engines
+
+    with tempfile.TemporaryDirectory() as directory:
+        contestants, counts = {"compact": (engine, file)}, {"compact": report.flops_exported}
+        if masked is not None:
+            dense = mfp.export(dense_like(masked), Path(directory) / f"dense{file.suffix}", arguments)
+            contestants = {"dense": (engine, dense.files[0]), **contestants}
+            counts["dense"] = dense.flops_exported
+        with Progress(transient=True) as progress:
+            task = progress.add_task(f"measuring in {engine}", total=len(contestants) * engines.ROUNDS)
+            advance = lambda: progress.advance(task)  # noqa: E731
+            times = engines.measure(contestants, engines.one_image(arguments), batches, advance=advance)
+    table = Table(title=f"ms a call in {engine}, medians of {engines.ROUNDS} rounds, each in a process of its own")
+    for column in ("", "multiply-adds", *(f"batch {size}" for size in batches)):
+        table.add_column(column, justify="right" if column else "left")
+    for label, found in times.items():
+        table.add_row(label, f"{counts[label]:,}", *(f"{found[size]:.2f}" for size in batches))
+    if masked is not None:
+        saved = (1 - times["compact"][size] / times["dense"][size] for size in batches)
+        table.add_row("saved", f"{1 - counts['compact'] / counts['dense']:.1%}", *(f"{share:.1%}" for share in saved))
+    Console(highlight=False).print(table)
+    if masked is None:
+        print("a file of mfp.save does not hold the dense network: give the run to measure both")
 
 
 @app.command()

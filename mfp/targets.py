@@ -1,13 +1,15 @@
-"""From a cost that a user has in mind to the rate that reaches it: FLOPs, parameters, or time on this device."""
+"""From a cost that a user has in mind to the rate that reaches it: FLOPs, parameters, or time in an engine."""
 
 from __future__ import annotations
 
 import copy
 import math
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +18,17 @@ from torch import nn
 from mfp.capture import example_arguments
 from mfp.compact import compact, count_parameters, flops
 from mfp.errors import MfpError
+from mfp.export import export
+from mfp.export.engines import ENGINES, check_engine, one_image, run_file
 from mfp.plan import FilterPlan, unwrap
 from mfp.scores import FilterScores, score_filters
 from mfp.selection import select_filters
 
 HIGHEST_RATE = 0.999
 COUNTED_STEP, MEASURED_STEP = 0.001, 0.01  # how finely rates are searched
-UNITS = {"flops": "multiply-adds", "parameters": "parameters", "latency": "ms"}
+MULTIPLES = (1, 4, 8, 16)  # of filters kept, that are tried where time is the target
+NEARBY = 6  # steps: where the rate for another multiple is looked for first
+UNITS = {"flops": "multiply-adds", "parameters": "parameters", "milliseconds": "ms"}
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,12 @@ class RateForTarget:
 
     Attributes:
         rate: for ``FilterPlan.from_model`` or ``FilterPruner``.
-        what: ``"flops"``, ``"parameters"`` or ``"latency"``.
+        what: ``"flops"``, ``"parameters"`` or ``"milliseconds"``.
         asked: the target as an absolute cost.
         reached: the cost of the compact network at this rate.
         dense: the cost without pruning.
+        channel_multiple: for the plan too: as given, or chosen by measuring where time is the target.
+        tried: what was measured for each multiple that was tried, in words.
     """
 
     rate: float
@@ -42,10 +50,13 @@ class RateForTarget:
     asked: float
     reached: float
     dense: float
+    channel_multiple: int = 1
+    tried: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        multiple = f", filters in multiples of {self.channel_multiple}" if self.channel_multiple > 1 else ""
         return (
-            f"rate {self.rate:g}: {self.reached:,.6g} of {self.dense:,.6g} {UNITS[self.what]} "
+            f"rate {self.rate:g}{multiple}: {self.reached:,.6g} of {self.dense:,.6g} {UNITS[self.what]} "
             f"({self.reached / self.dense:.1%}; asked for {self.asked / self.dense:.1%})"
         )
 
@@ -56,43 +67,69 @@ def find_rate(
     *,
     target_flops: str | float | None = None,
     target_parameters: str | float | None = None,
-    target_latency: str | float | None = None,
+    milliseconds: str | float | None = None,
+    engine: str = "mfp",
     criterion: str = "l2_norm",
+    say: Callable[[str], None] = lambda text: None,
     **plan_arguments: Any,
 ) -> RateForTarget:
     """The smallest uniform rate whose compact network costs no more than the target.
 
     >>> found = mfp.find_rate(model, torch.zeros(1, 3, 224, 224), target_flops="50%")
     >>> pruner = mfp.FilterPruner(model, rate=found.rate)
+    >>> found = mfp.find_rate(model, example, milliseconds=7.0, engine="openvino", residual="keep")
+    >>> pruner = mfp.FilterPruner(model, found.rate, channel_multiple=found.channel_multiple, residual="keep")
 
-    FLOPs and parameters are counted on the compact network itself; latency is measured on it in serving form, on the
-    device of the model, for the batch that the example holds. The model is left as it is.
+    FLOPs and parameters are counted on the compact network itself. Time is measured, for the batch that the example
+    holds. How the numbers of filters are best rounded depends on the engine: where ``channel_multiple`` is not given,
+    1, 4, 8 and 16 are measured, and the one is taken that keeps most multiply-adds in the time asked for. The model is
+    left as it is.
 
     Args:
-        target_flops, target_parameters, target_latency: exactly one; what may remain, as a share of the unpruned
+        target_flops, target_parameters, milliseconds: exactly one; what may remain, as a share of the unpruned
             network (``"50%"``) or as a number (multiply-adds, parameters, milliseconds a forward pass).
+        engine: where time is measured: ``"mfp"``, the serving form on the model's device; ``"onnxruntime"``,
+            ``"openvino"``, ``"torch.compile"``, on exported files, in processes of their own.
         criterion: which filters go while searching; counts hardly depend on it.
+        say: is given a line about each network that was measured.
         plan_arguments: ``skip``, ``layer_rates``, ``channel_multiple``, ``residual`` of ``FilterPlan.from_model``.
 
     Raises:
-        MfpError: not exactly one target, one that is no cost, or one that no rate reaches: says how near it came.
+        MfpError: not exactly one target, one that is no cost, one that no rate reaches (says how near it came), an
+            engine that is not there.
     """
-    targets = {"flops": target_flops, "parameters": target_parameters, "latency": target_latency}
-    given = {what: target for what, target in targets.items() if target is not None}
+    targets = {"target_flops": target_flops, "target_parameters": target_parameters, "milliseconds": milliseconds}
+    given = {name: target for name, target in targets.items() if target is not None}
     if len(given) != 1:
-        raise MfpError("give exactly one of target_flops, target_parameters and target_latency")
-    ((what, target),) = given.items()
+        raise MfpError("give exactly one of target_flops, target_parameters and milliseconds")
+    ((name, target),) = given.items()
+    what = name.removeprefix("target_")
+    check_engine(engine)
     model = copy.deepcopy(unwrap(model)).eval()
+    arguments = tuple(example_arguments(model, example_input).values())
     measure: Callable[[nn.Module], float] = {
-        "flops": lambda small: float(flops(small, tuple(example_arguments(model, example_input).values()))),
+        "flops": lambda small: float(flops(small, arguments)),
         "parameters": lambda small: float(count_parameters(small)),
-        "latency": lambda small: milliseconds(small, tuple(example_arguments(model, example_input).values())),
+        "milliseconds": lambda small: _time(small, model, example_input, engine, say),
     }[what]
-    candidates = _Candidates(model, example_input, criterion, fold_bn=what == "latency", plan_arguments=plan_arguments)
+    serving = what == "milliseconds" and engine == "mfp"
+    candidates = _Candidates(model, example_input, criterion, serving, plan_arguments)
     dense = measure(candidates.compact_at(0.0))
-    asked = absolute(f"target_{what}", target, dense)
-    step = MEASURED_STEP if what == "latency" else COUNTED_STEP
-    return _search(what, asked, dense, step, lambda rate: measure(candidates.compact_at(rate)))
+    asked = absolute(name, target, dense)
+
+    def search(multiple: int, near: RateForTarget | None = None) -> RateForTarget:
+        step = MEASURED_STEP if what == "milliseconds" else COUNTED_STEP
+        cost = lambda rate: measure(candidates.compact_at(rate, multiple))  # noqa: E731
+        return replace(_search(name, asked, dense, step, cost, near), channel_multiple=multiple)
+
+    if what != "milliseconds" or "channel_multiple" in plan_arguments or dense <= asked:
+        return search(plan_arguments.get("channel_multiple", 1))
+    found = search(MULTIPLES[0])
+    found = [found, *(search(multiple, found) for multiple in MULTIPLES[1:])]
+    kept = [flops(candidates.compact_at(each.rate, each.channel_multiple), arguments) for each in found]
+    best = found[max(range(len(found)), key=kept.__getitem__)]
+    tried = tuple(f"{each} and {count:,} multiply-adds" for each, count in zip(found, kept, strict=True))
+    return replace(best, tried=tried)
 
 
 def absolute(argument: str, target: str | float, dense: float) -> float:
@@ -106,15 +143,30 @@ def absolute(argument: str, target: str | float, dense: float) -> float:
     return value
 
 
-def _search(what: str, asked: float, dense: float, step: float, cost: Callable[[float], float]) -> RateForTarget:
-    """Bisection over the rates 0, step, 2 step, ...; cost falls as the rate grows."""
+def _search(
+    argument: str, asked: float, dense: float, step: float, cost: Callable[[float], float],
+    near: RateForTarget | None = None,
+) -> RateForTarget:  # fmt: skip
+    """Bisection over the rates 0, step, 2 step, ...; cost falls as the rate grows. ``near``: where to look first."""
+    what = argument.removeprefix("target_")
     if dense <= asked:
         return RateForTarget(0.0, what, asked, dense, dense)
     low, high = 0, int(HIGHEST_RATE / step)
-    reached = cost(high * step)
+    reached = None
+    if near is not None:
+        start = round(near.rate / step)
+        for middle in (min(start + NEARBY, high), max(start - NEARBY, low)):
+            value = cost(middle * step)
+            if value <= asked:
+                high, reached = middle, value
+            else:
+                low = middle
+                break
+    if reached is None:
+        reached = cost(high * step)
     if reached > asked:
         raise MfpError(
-            f"target_{what} of {asked:,.6g} {UNITS[what]} cannot be reached: at rate {high * step:g} the network still "
+            f"{argument} of {asked:,.6g} {UNITS[what]} cannot be reached: at rate {high * step:g} the network still "
             f"takes {reached:,.6g} of {dense:,.6g} ({reached / dense:.1%}); what stays are layers that are not pruned"
         )
     while high - low > 1:
@@ -131,27 +183,41 @@ class _Candidates:
     """Compact networks of one model at any rate; filters are scored once."""
 
     def __init__(
-        self, model: nn.Module, example_input: Any, criterion: str, fold_bn: bool, plan_arguments: dict
+        self, model: nn.Module, example_input: Any, criterion: str, serving: bool, plan_arguments: dict
     ) -> None:
-        self.model, self.example_input, self.fold_bn = model, example_input, fold_bn
+        self.model, self.example_input, self.serving = model, example_input, serving
         self.plan_arguments = plan_arguments | {"example_input": example_input}
         self.state = {name: value.clone() for name, value in model.state_dict().items()}
         self.scores = score_filters(FilterPlan.from_model(model, 0.0, **self.plan_arguments), (criterion,))
 
-    def compact_at(self, rate: float) -> nn.Module:
-        plan = FilterPlan.from_model(self.model, rate, **self.plan_arguments)
+    def compact_at(self, rate: float, multiple: int = 1) -> nn.Module:
+        plan = FilterPlan.from_model(self.model, rate, **{"channel_multiple": multiple} | self.plan_arguments)
         select_filters(FilterScores(plan, self.scores.by_name)).apply_()
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "mfp.compact removed nothing")  # at rate 0 that is meant
-                return compact(self.model, self.example_input, fold_bn=self.fold_bn)
+                return compact(self.model, self.example_input, fold_bn=self.serving)
         finally:
             self.model.load_state_dict(self.state)
 
 
+def _time(small: nn.Module, model: nn.Module, example_input: Any, engine: str, say: Callable[[str], None]) -> float:
+    arguments = example_arguments(model, example_input)
+    if engine == "mfp":
+        found = time_of(small, tuple(arguments.values()))
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / f"small{ENGINES[engine].suffix}"
+            export(small, file, example_input)
+            batch = len(next(iter(arguments.values())))
+            found = run_file(engine, file, one_image(arguments), batches=(batch,), seconds=1.0)[0][batch]
+    say(f"{engine}: {found:.3g} ms at {small.report.flops_after:,} multiply-adds")
+    return found
+
+
 @torch.no_grad()
-def milliseconds(network: nn.Module, arguments: tuple, seconds: float = 0.5) -> float:
-    """The fastest of the forward passes that fit into the time, after one to warm up."""
+def time_of(network: nn.Module, arguments: tuple, seconds: float = 0.5) -> float:
+    """Milliseconds of the fastest of the forward passes that fit into the time, after one to warm up."""
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     best, end = math.inf, None
     while end is None or time.perf_counter() < end:

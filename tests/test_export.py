@@ -1,14 +1,20 @@
 """Compact networks leave for other runtimes: ONNX, torch.export and torch.compile give the same outputs."""
 
+from collections import Counter
+
 import numpy as np
+import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
-from compact_cases import difference, masked
+from compact_cases import difference, killed, masked
 from torch import nn
 
 import mfp
-from mfp.train.load import write_onnx
+from mfp.export import prepare
+from mfp.export.engines import measure, run_file, verify
+from mfp.modules import ExpandChannels, ResidualJoin
 
 
 class Residual(nn.Module):
@@ -49,26 +55,27 @@ def other_batches():
     return [torch.randn(n, 3, 12, 12, generator=generator) for n in (1, 2, 5)]
 
 
-def run_onnx(path, images):
-    runtime = pytest.importorskip("onnxruntime")
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (name,) = (entry.name for entry in session.get_inputs())
-    return torch.from_numpy(np.asarray(session.run(None, {name: images.numpy()})[0]))
-
-
 def check_onnx(small, model, images, path):
     onnx = pytest.importorskip("onnx")
-    write_onnx(small, images[0], path)
+    report = mfp.export(small, path)
     written = onnx.load(path)
     onnx.checker.check_model(written, full_check=True)
     assert {node.domain for node in written.graph.node} == {""}, "operators that other runtimes do not have"
     for batch in images:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         with torch.no_grad():
-            assert difference(run_onnx(path, batch), model(batch)) < 1e-5
+            assert difference(torch.from_numpy(session.run(None, {"x": batch.numpy()})[0]), model(batch)) < 1e-5
+    return report, Counter(node.op_type for node in written.graph.node)
 
 
-def test_onnx(networks, tmp_path):
-    check_onnx(*networks, other_batches(), tmp_path / "small.onnx")
+def test_onnx(networks, tmp_path, request):
+    report, operators = check_onnx(*networks, other_batches(), tmp_path / "small.onnx")
+    assert report.files == [tmp_path / "small.onnx"] and report.free_batch and report.difference < 1e-5
+    assert "any batch x 3 x 12 x 12" in str(report)
+    assert operators["Add"] >= 2 and report.flops_exported > report.flops_compact
+    assert "BatchNormalization" not in operators
+    if request.node.callspec.params["networks"] != (False, True):  # a serving form with border maps
+        assert not report.left and not any("Scatter" in name for name in operators), "joins by index"
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "shufflenet_v2_x0_5"])
@@ -76,7 +83,123 @@ def test_onnx_of_known_networks(name, tmp_path):
     torch.manual_seed(0)
     model = masked(torchvision.models.get_model(name, num_classes=10))
     images = [torch.randn(n, 3, 64, 64) for n in (1, 3)]
-    check_onnx(mfp.compact(model, images[0], fold_bn=True), model, images, tmp_path / "small.onnx")
+    check_onnx(mfp.compact(model, images[0]), model, images, tmp_path / "small.onnx")
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_other_formats(networks, engine, tmp_path):
+    """From the compact network and from the masked one, and back in the engine."""
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    small, model = networks
+    file = tmp_path / ("small.pt2" if engine == "torch" else "small.xml")
+    for network, example in ((small, None), (model, torch.zeros(1, 3, 12, 12))):
+        report = mfp.export(network, file, example)
+        assert sorted(report.files) == sorted(tmp_path.iterdir())
+        found = verify(file, model.eval(), {"x": torch.randn(2, 3, 12, 12)}, engine)
+        assert list(found) == [1, 3] and max(found.values()) < 1e-5
+
+
+def test_measured_in_turns(networks, tmp_path):
+    small, _ = networks
+    mfp.export(small, tmp_path / "small.onnx")
+    calls = []
+    contestants = {"a": ("onnxruntime", tmp_path / "small.onnx"), "b": ("onnxruntime", tmp_path / "small.onnx")}
+    inputs = {"x": np.zeros((1, 3, 12, 12), np.float32)}
+    times = measure(contestants, inputs, (1, 2), rounds=2, seconds=0.01, advance=lambda: calls.append(0))
+    assert list(times) == ["a", "b"] and all(set(found) == {1, 2} for found in times.values()) and len(calls) == 4
+    assert all(time > 0 for found in times.values() for time in found.values())
+
+
+class Gated(nn.Module):
+    """Squeeze-excite, SiLU, layer scale, channels last, a stream that begins with a pruned stem."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.narrow, self.wide = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
+        self.branch = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.SiLU(), nn.Conv2d(24, 16, 1))
+        self.scale = nn.Parameter(torch.rand(16, 1, 1))
+        self.last, self.mix = nn.Linear(16, 16), nn.Conv2d(16, 5, 3)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.bn(self.stem(x)).relu(), 2)
+        x = x + self.scale * self.branch(x)
+        x = x * self.wide(F.silu(self.narrow(x.mean((2, 3), keepdim=True)))).sigmoid()
+        x = x + self.last(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.mix(F.hardswish(x)).flatten(1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("mask_bn", [True, False])
+def test_widened_networks_compute_the_same(seed, mask_bn):
+    torch.manual_seed(seed)
+    model = masked(Gated(), 0.4, mask_bn, seed, skip=(), layer_rates={"mix": 0.0}).double()
+    for layer in (model.branch[2], model.last, model.wide):
+        killed(layer, *torch.randperm(16)[:6].tolist())
+    small = mfp.compact(model, torch.zeros(1, 3, 12, 12).double())
+    network, _, report = prepare(small)
+    assert any(isinstance(module, ResidualJoin | ExpandChannels) for module in small.modules())
+    x = torch.randn(3, 3, 12, 12).double()
+    with torch.no_grad():
+        assert difference(network(x), model(x)) < 1e-9
+        assert difference(small(x), model(x)) < 1e-12, "the network that was exported is left as it is"
+    if mask_bn:
+        assert not any(isinstance(module, ResidualJoin) for module in network.modules())
+    assert all(after > before for before, after in report.grown.values())
+
+
+def test_what_cannot_grow_is_said(tmp_path):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 1), killed(nn.Conv2d(3, 6, 1), 1, 4)
+            self.first, self.second = nn.Conv2d(6, 2, 1), nn.Conv2d(6, 2, 1, groups=2)
+
+        def forward(self, x):
+            branch = self.b(x)  # read by a grouped conv too, which cannot be given more inputs
+            return self.first(self.a(x) + branch) + self.second(branch)
+
+    torch.manual_seed(0)
+    small = mfp.compact(Shared(), torch.zeros(1, 3, 4, 4))
+    report = mfp.export(small, tmp_path / "small.pt2")
+    assert len(report.left) == 1 and "stays a join by index" in str(report)
+    assert max(verify(tmp_path / "small.pt2", small, {"x": torch.randn(1, 3, 4, 4)}, "torch").values()) < 1e-6
+
+
+def test_mistakes_are_one_line(networks, tmp_path, monkeypatch):
+    small, model = networks
+    with pytest.raises(mfp.MfpError, match="small.tflite: the ending says the format, one of .onnx, .xml, .pt2"):
+        mfp.export(small, tmp_path / "small.tflite")
+    with pytest.raises(mfp.MfpError, match="give mfp.export an example input: this Residual does not say"):
+        mfp.export(model, tmp_path / "small.pt2")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(mfp.MfpError, match="cannot write .*nothing older was touched"):
+        mfp.export(small, tmp_path / "file" / "small.pt2")
+    with pytest.raises(mfp.MfpError, match="engine must be one of onnxruntime, openvino, .* not 'tvm'"):
+        run_file("tvm", tmp_path / "small.pt2", {})
+    (tmp_path / "broken.onnx").write_bytes(b"nothing")
+    with pytest.raises(mfp.MfpError, match=r"onnxruntime cannot run .*broken\.onnx: "):
+        run_file("onnxruntime", tmp_path / "broken.onnx", {"x": np.zeros((1, 3, 12, 12), np.float32)})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(mfp.MfpError, match=r"openvino is not installed; it comes with: pip install 'mfp\[openvino\]'"):
+        mfp.export(small, tmp_path / "small.xml")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "broken.onnx"}
+
+
+def test_an_operator_that_a_format_lacks_is_named(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = killed(nn.Conv2d(3, 4, 1), 1)
+
+        def forward(self, x):
+            return torch.special.modified_bessel_k0(self.conv(x).abs() + 1)
+
+    small = mfp.compact(Odd(), torch.zeros(1, 3, 4, 4))
+    with pytest.raises(mfp.MfpError, match="small.onnx: cannot be expressed in ONNX: .*modified_bessel_k0"):
+        mfp.export(small, tmp_path / "small.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_torch_export(networks):

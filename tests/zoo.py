@@ -242,12 +242,13 @@ def measure_all(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
         yield from map(measure_named, names)
         return
     left = list(names)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=16) as pool:
-        futures = {pool.submit(measure_named, name): name for name in names}
-        for future in as_completed(futures):
-            if not isinstance(future.exception(), BrokenExecutor):
-                left.remove(futures[future])
-                yield future.result()
+    for start in range(0, len(names), 16 * jobs):  # processes anew now and then, for the memory that they keep
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            futures = {pool.submit(measure_named, name): name for name in names[start : start + 16 * jobs]}
+            for future in as_completed(futures):
+                if not isinstance(future.exception(), BrokenExecutor):
+                    left.remove(futures[future])
+                    yield future.result()
     for name in left:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             try:

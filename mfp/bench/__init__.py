@@ -8,6 +8,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+ENGINES_HELP = (
+    "dense against compact in the engines that serve, instead: names with commas, of onnxruntime, openvino, mfp, "
+    "torch.compile, tensorrt (default: the first three, as far as installed)"
+)
+
 
 def main(arguments: Sequence[str]) -> None:
     """Run `mfp bench` with these command-line arguments."""
@@ -17,23 +22,33 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the numbers for machines")
     parser.add_argument("--overhead", action="store_true", help="what pruning adds to an ImageNet epoch, instead")
     parser.add_argument("--compact", action="store_true", help="dense against compact networks, instead")
-    parser.add_argument(
-        "--batch", type=int, default=8, help="images in a batch of --overhead or --compact (default: 8)"
-    )
+    parser.add_argument("--engines", nargs="?", const="", metavar="NAMES", help=ENGINES_HELP)
+    parser.add_argument("--batch", help="images in a batch of --overhead or --compact (default: 8), of --engines (1,8)")
     options = parser.parse_args(arguments)
+    try:
+        batches = [int(part) for part in (options.batch or ("1,8" if options.engines is not None else "8")).split(",")]
+    except ValueError:
+        parser.error(f"--batch {options.batch}: write a number, or several with commas")
     console = Console(stderr=options.json, highlight=False)
     if not console.is_terminal:
         console.width = 120
-    if options.compact:
+    if options.engines is not None:
+        from mfp.bench import engines
+
+        archs = [options.arch] if options.arch else engines.NETWORKS
+        chosen = options.engines.split(",") if options.engines else engines.usual_engines()
+        report = engines.measure_networks(archs, chosen, options.rate, batches, console)
+        printer = engines.print_table
+    elif options.compact:
         from mfp.bench import compaction
 
         archs = [options.arch] if options.arch else compaction.NETWORKS
-        report = compaction.measure(archs, options.rate, options.batch, console)
+        report = compaction.measure(archs, options.rate, batches[0], console)
         printer = compaction.print_table
     elif options.overhead:
         from mfp.bench import overhead
 
-        report = overhead.measure(options.arch or "resnet50", options.rate, options.batch, console)
+        report = overhead.measure(options.arch or "resnet50", options.rate, batches[0], console)
         printer = overhead.print_table
     else:
         from mfp.bench import table

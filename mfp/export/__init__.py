@@ -6,6 +6,7 @@ operators are standard ones. engines.py runs and times the files.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from mfp.errors import MfpError
 from mfp.export.widen import Widened, widen
 from mfp.plan import unwrap
 from mfp.serving.fold import fold_batchnorm
+from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d
 
 __all__ = ["FORMATS", "ExportReport", "export"]
 
@@ -92,14 +94,18 @@ def export(model: nn.Module, file: str | Path, example_input: Any = None) -> Exp
         MfpError: another ending, a package that is missing, an operator that the format does not have (named), no
             example, a file that cannot be written. Nothing is half written.
     """
-    file = Path(file)
+    return export_and_arguments(model, Path(file), example_input)[0]
+
+
+def export_and_arguments(model: nn.Module, file: Path, example_input: Any) -> tuple[ExportReport, dict[str, Any]]:
+    """:func:`export`, and forward's arguments as it used them."""
     if file.suffix not in FORMATS:
         raise MfpError(f"{file}: the ending says the format, one of {', '.join(FORMATS)}")
     require(*FORMATS[file.suffix].packages)
     network, arguments, report = prepare(model, example_input)
     program, report.free_batch = exported_program(network, arguments)
     report.files = FORMATS[file.suffix].write(program, file)
-    return report
+    return report, arguments
 
 
 def prepare(model: nn.Module, example_input: Any = None) -> tuple[fx.GraphModule, dict[str, Any], ExportReport]:
@@ -123,12 +129,30 @@ def prepare(model: nn.Module, example_input: Any = None) -> tuple[fx.GraphModule
 
 
 def _prepared(model: nn.Module, arguments: dict[str, Any]) -> tuple[fx.GraphModule, Widened]:
-    network = plain_compact(model, arguments).eval()
+    if is_compact(model):
+        network = copy.deepcopy(model).eval()
+    else:
+        network = plain_compact(model, arguments).eval()
     fold_batchnorm(network)
     before = flops(network, arguments)
     widened = widen(network, arguments)
     widened.flops_before = before
     return fx.GraphModule(network, network.graph, type(network).__name__), widened
+
+
+def is_compact(model: nn.Module) -> bool:
+    """Whether a model is a result of mfp.compact, other than in serving form."""
+    serving = (FusedJoin, ServingConv2d, ServingJoin2d)
+    compact = isinstance(model, fx.GraphModule) and hasattr(model, "report")
+    return compact and not any(isinstance(module, serving) for module in model.modules())
+
+
+def dense_like(masked: nn.Module) -> nn.Module:
+    """A copy of a masked network of which nothing can be removed, for comparisons of time."""
+    full = copy.deepcopy(masked)
+    for parameter in full.parameters():
+        parameter.data[parameter.data == 0] = 1e-3
+    return full
 
 
 def require(*packages: str) -> None:

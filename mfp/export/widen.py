@@ -167,13 +167,13 @@ class _Grower:
 
     def operator(self, node: fx.Node, wanted: _Wanted) -> list[Callable[[], None]] | None:
         packet = getattr(node.target, "overloadpacket", None)
-        tensors = [source for source in node.all_input_nodes if source.op != "get_attr"]
-        parameters = [source for source in node.all_input_nodes if source.op == "get_attr"]
+        parameters = [source for source in node.all_input_nodes if parameter_of(source) is not None]
+        tensors = [source for source in node.all_input_nodes if source not in parameters]
         if node.op != "call_function" or not tensors:
             return None
-        if packet is aten.mul and len(tensors) == len(parameters) == 1:  # layer scale
-            before = self.source(tensors[0], wanted, node)
-            grown = self.parameter(parameters[0], wanted)
+        if packet in (aten.add, aten.mul) and len(tensors) == len(parameters) == 1 and not node.kwargs:
+            before = self.source(tensors[0], wanted, node)  # layer scale, constants of a join
+            grown = self.parameter(parameters[0], wanted, 1.0 if packet is aten.mul else 0.0)
             return None if before is None or grown is None else [*before, grown]
         if parameters:
             return None
@@ -193,15 +193,19 @@ class _Grower:
             return None if fill is None else self.source(tensors[0], before, node)
         return None
 
-    def parameter(self, node: fx.Node, wanted: _Wanted) -> Callable[[], None] | None:
-        """Layer scale: ones for what is new."""
+    def parameter(self, source: fx.Node, wanted: _Wanted, new: float) -> Callable[[], None] | None:
+        """The step for a parameter of one entry a channel: what is new gets what changes nothing."""
+        node = parameter_of(source)
+        written = source.args[1] if source.op != "get_attr" and isinstance(source.args[1], list) else []
+        if len(source.users) != 1 or len(wanted.place) in written:  # its width is a number in the graph
+            return None
         path, _, name = node.target.rpartition(".")
         owner = self.network.get_submodule(path)
         value = getattr(owner, name)
         wide = [dim for dim, size in enumerate(value.shape) if size == len(wanted.place)]
         if len(wide) != 1 or value.numel() != len(wanted.place) or len(node.users) != 1:
             return None
-        return lambda: setattr(owner, name, nn.Parameter(wanted.rows(value.detach(), 1.0, wide[0])))
+        return lambda: setattr(owner, name, nn.Parameter(wanted.rows(value.detach(), new, wide[0])))
 
     def behind(self, user: fx.Node, node: fx.Node, wanted: _Wanted) -> list[Callable[[], None]] | None:
         """The steps for another reader of a node that grows: it must do as before."""
@@ -209,9 +213,8 @@ class _Grower:
             packet = getattr(user.target, "overloadpacket", None)
             if packet in READ_NO_CHANNELS:
                 return []
-            alone = [source for source in user.all_input_nodes if source.op != "get_attr"] == [node]
             through = packet in CONSTANT_KEEPING or torch.Tag.pointwise in getattr(user.target, "tags", ())
-            if not alone or len(user.all_input_nodes) != 1 or not through:
+            if user.all_input_nodes != [node] or not through:
                 return None
             parts = [self.behind(reader, user, wanted) for reader in user.users]
             own = [lambda: self.widths.__setitem__(user, wanted.width)]
@@ -240,6 +243,13 @@ class _Grower:
             module.border = nn.Parameter(wanted.rows(module.border.detach(), dim=int(transposed)))
         setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", wanted.width)
         self.result.grown[name] = (self.result.grown.get(name, (before, 0))[0], wanted.width)
+
+
+def parameter_of(node: fx.Node) -> fx.Node | None:
+    """The get_attr node that a node reads, maybe in another shape."""
+    while getattr(node.target, "overloadpacket", None) in (aten.view, aten.reshape, aten.unsqueeze):
+        node = node.args[0]
+    return node if node.op == "get_attr" else None
 
 
 def grow_join(module: ResidualJoin, wanted: _Wanted) -> None:

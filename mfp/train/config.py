@@ -19,7 +19,8 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 # These may change when a run is resumed: they do not change what it computes on a CPU.
 FREE = (
     "download", "workers", "device", "timeout", "checkpoint_every", "tensorboard", "compile", "dense",
-    "target_flops", "target_parameters", "target_latency",  # the rate that they led to is part of the run
+    # the rate that these led to is part of the run
+    "target_flops", "target_parameters", "target_milliseconds", "engine",
 )  # fmt: skip
 
 
@@ -49,7 +50,8 @@ class RunConfig:
     rate: float = _option(0.4, "share of the filters of every layer to prune")
     target_flops: str | None = _option(None, "find the rate: FLOPs that may remain, as 50% or a number")
     target_parameters: str | None = _option(None, "find the rate: parameters that may remain, as 50% or a number")
-    target_latency: str | None = _option(None, "find the rate: time that may remain, measured here, as 60% or in ms")
+    target_milliseconds: str | None = _option(None, "find the rate: time that may remain, as 7 (one image) or 60%")
+    engine: str = _option("mfp", "where that time is measured: mfp, onnxruntime, openvino, torch.compile")
     criteria: tuple[str, ...] = _option(PAPER_CRITERIA, "candidate criteria, separated by commas")
     attribute: str = _option("loss", "what the chosen criterion must keep: weight_energy, sparsity, loss, ...")
     mode: str = _option("soft", f"one of {', '.join(MODES)}")
@@ -122,8 +124,9 @@ class RunConfig:
     @property
     def targets(self) -> dict[str, str]:
         """What was asked for instead of a rate, as arguments of ``mfp.find_rate``."""
-        names = ("target_flops", "target_parameters", "target_latency")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        names = {"target_flops": "target_flops", "target_parameters": "target_parameters"}
+        names |= {"target_milliseconds": "milliseconds"}
+        return {name: getattr(self, own) for own, name in names.items() if getattr(self, own) is not None}
 
     @property
     def choosing_epochs(self) -> int:

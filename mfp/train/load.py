@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import mfp
@@ -71,18 +70,3 @@ def _weights(state: dict[str, Any]) -> dict[str, Tensor]:
     if averaged is None:
         return state["model"]
     return {name.removeprefix("module."): value for name, value in averaged.items() if name.startswith("module.")}
-
-
-def write_onnx(network: nn.Module, example: Tensor, path: Path) -> None:
-    """Writes a network as ONNX, for any batch size.
-
-    Raises:
-        MfpError: the packages of the extra `onnx` are missing.
-    """
-    try:
-        import onnxscript  # noqa: F401  # torch's exporter needs it
-    except ImportError as error:
-        raise MfpError("--onnx needs the extra: pip install 'mfp[onnx]'") from error
-    batch = torch.export.Dim("batch")
-    two = torch.cat([example[:1]] * 2)  # torch.export takes a size of 1 for a constant
-    torch.onnx.export(network.eval(), (two,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False)

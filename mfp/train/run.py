@@ -49,13 +49,14 @@ def run(
     reporter = reporter or Reporter(quiet=not world.first)
     stored = directory / "config.json"
     if config.targets and resume and stored.exists():
-        config = dataclasses.replace(config, rate=RunConfig.from_json(stored.read_text(), str(stored)).rate)
+        found = RunConfig.from_json(stored.read_text(), str(stored))
+        config = dataclasses.replace(config, rate=found.rate, channel_multiple=found.channel_multiple)
     check_directory(config, directory, resume)
     data = load_data(config.data, config.seed, download=config.download)
     # all that can be wrong with the settings is found before anything is trained or written
     model = make_network(config, data, world)
     if config.targets and not stored.exists():
-        config = dataclasses.replace(config, rate=find_rate(config, model, data, world, reporter))
+        config = find_rate(config, model, data, world, reporter)
     pruner = make_pruner(config, model, data, world)
     pruned = Trainer(config, data, model, directory / "pruned", pruner, world, reporter)
     dense = make_network(config, data, world)
@@ -98,16 +99,22 @@ def make_network(config: RunConfig, data: ImageData, world: World) -> nn.Module:
     return model
 
 
-def find_rate(config: RunConfig, model: nn.Module, data: ImageData, world: World, reporter: Reporter) -> float:
-    """The rate that reaches the target; rank 0 decides, since times differ from rank to rank."""
-    found = mfp.find_rate(
-        model, data.example().to(world.device), skip=config.skip, layer_rates=config.layer_rates or None,
-        channel_multiple=config.channel_multiple, residual=config.residual, **config.targets,
-    )  # fmt: skip
-    reporter.say(f"for the target: {found}")
-    rate = torch.tensor([found.rate], dtype=torch.float64, device=world.device)
-    world.broadcast_([rate])
-    return float(rate)
+def find_rate(config: RunConfig, model: nn.Module, data: ImageData, world: World, reporter: Reporter) -> RunConfig:
+    """The configuration with the rate that reaches the target, and with the rounding of filters that suits the engine
+    where none was asked for; rank 0 decides, since times differ from rank to rank."""
+    rounding = {"channel_multiple": config.channel_multiple}
+    if "milliseconds" in config.targets and config.channel_multiple == 1:
+        rounding = {}
+    answer = torch.zeros(2, dtype=torch.float64, device=world.device)
+    if world.first:
+        found = mfp.find_rate(
+            model, data.example().to(world.device), skip=config.skip, layer_rates=config.layer_rates or None,
+            residual=config.residual, engine=config.engine, say=reporter.say, **rounding, **config.targets,
+        )  # fmt: skip
+        reporter.say(f"for the target: {found}")
+        answer = torch.tensor([found.rate, found.channel_multiple], dtype=torch.float64, device=world.device)
+    world.broadcast_([answer])
+    return dataclasses.replace(config, rate=float(answer[0]), channel_multiple=int(answer[1]))
 
 
 def make_pruner(config: RunConfig, model: nn.Module, data: ImageData, world: World) -> mfp.FilterPruner:
