@@ -111,7 +111,16 @@ def build_command():
 
 
 setup(
-    packages=["mfp", "mfp.bench", "mfp.capture", "mfp.compact", "mfp.serving", "mfp.train", "mfp.kernels"],
+    packages=[
+        "mfp",
+        "mfp.bench",
+        "mfp.capture",
+        "mfp.compact",
+        "mfp.export",
+        "mfp.serving",
+        "mfp.train",
+        "mfp.kernels",
+    ],
     package_dir={"mfp": "mfp", "mfp.kernels": "kernels"},
     ext_modules=[extension()],
     cmdclass={"build_ext": build_command()},

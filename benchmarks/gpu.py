@@ -236,6 +236,17 @@ def limits() -> dict[str, float]:
     return {"copy, TB/s (read and written)": copy, "float32 matrix product, T FMA/s": fma}
 
 
+def serving() -> list[dict]:
+    """Dense and compact ResNet-50 in float16, channels_last, in the engines that run on this GPU."""
+    from rich.console import Console
+
+    from mfp.bench.engines import measure_networks
+    from mfp.export.engines import installed
+
+    engines = [name for name in ("torch.compile", "tensorrt") if installed(name)]
+    return measure_networks(["resnet50"], engines, 0.4, (1, 64), Console(), "cuda")["rows"]
+
+
 def summary(rows: list[dict], most: dict[str, float]) -> list[str]:
     """Goals beside what was measured."""
     from gpu_resources import RESNET50
@@ -254,7 +265,7 @@ def summary(rows: list[dict], most: dict[str, float]) -> list[str]:
     return lines
 
 
-def write_results(rows: list[dict], tests: dict[str, str], most: dict[str, float]) -> None:
+def write_results(rows: list[dict], served: list[dict], tests: dict[str, str], most: dict[str, float]) -> None:
     import torch
 
     facts = {
@@ -264,13 +275,22 @@ def write_results(rows: list[dict], tests: dict[str, str], most: dict[str, float
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(exist_ok=True)
     stem = folder / f"gpu-{facts['gpu'].replace(' ', '-').lower()}-{facts['date']}"
-    everything = {**facts, "tests": tests, "limits": most, "times": rows}
+    everything = {**facts, "tests": tests, "limits": most, "times": rows, "serving": served}
     stem.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
     lines = [f"# {facts['gpu']}, {facts['date']}", "", f"`make gpu`; torch {facts['torch']}, CUDA {facts['cuda']}, "
              f"Python {facts['python']}. ResNet-50, float32, medians.", ""]  # fmt: skip
     lines += [*summary(rows, most), "", *(f"- {name}: {value:.2f}" for name, value in most.items()), ""]
     lines += ["| job | contestant | ms |", "|---|---|---|"]
     lines += [f"| {row['job']} | {row['contestant']} | {row['ms']:.3f} |" for row in rows]
+    lines += [
+        "",
+        "| engine, float16 | batch | residual | FLOPs kept | dense, ms | compact, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['engine']} | {row['batch']} | {row['residual']} | {row['flops_kept']:.3f} | {row['dense_ms']:.3f} "
+        f"| {row['compact_ms']:.3f} |" for row in served
+    ]  # fmt: skip
     lines += ["", *(f"- {name}: {outcome}" for name, outcome in tests.items())]
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
@@ -299,7 +319,7 @@ def main() -> None:
     tests = {} if options.skip_tests else run_tests()
     step("measurements")
     names = [name for name in ("cuda", "triton") if backend.backends()[name].unusable is None]
-    write_results(measure(names), tests, limits())
+    write_results(measure(names), serving(), tests, limits())
 
 
 if __name__ == "__main__":

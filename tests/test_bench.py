@@ -8,7 +8,7 @@ import torch
 
 import mfp
 from mfp import bench
-from mfp.bench import jobs, measure, overhead, table
+from mfp.bench import engines, jobs, measure, overhead, table
 from mfp.bench.oracle import Sample
 from mfp.criteria import criterion
 from mfp.errors import MfpError
@@ -114,3 +114,20 @@ def test_without_the_compiled_part_it_says_so(monkeypatch):
     monkeypatch.setattr(measure.backend, "build_info", lambda: None)
     with pytest.raises(MfpError, match="compiled kernels"):
         measure.machine()
+
+
+def test_engines_side_by_side(capsys, monkeypatch):
+    for name, value in {"SIZE": 32, "ROUNDS": 1, "SECONDS": 0.01, "FORMS": ("coupled", "index")}.items():
+        monkeypatch.setattr(engines, name, value)
+    bench.main(["--engines", "onnxruntime,mfp", "--arch", "resnet20", "--batch", "1,2", "--rate", "0.6", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    rows = {(row["engine"], row["residual"], row["batch"]): row for row in report["rows"]}
+    assert len(rows) == len(report["rows"]) == 2 * 2 * 2
+    assert all(row["dense_ms"] > 0 and row["compact_ms"] > 0 for row in rows.values())
+    kept = {key[:2]: row["flops_kept"] for key, row in rows.items()}
+    assert kept["mfp", "index"] < kept["onnxruntime", "index"] < 1  # zero filters for plain additions
+    assert kept["onnxruntime", "coupled"] == kept["mfp", "coupled"]
+    engines.print_table(report, bench.Console(width=160))
+    assert "fastest" in capsys.readouterr().out
+    with pytest.raises(MfpError, match="engine must be one of"):
+        bench.main(["--engines", "tvm", "--arch", "resnet20"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import mfp
 from mfp import cli
@@ -104,20 +104,37 @@ def test_compact_a_checkpoint(finished, command, tmp_path):
     assert str(small.report) in out and "milliseconds per image" in out
 
 
-def test_compact_writes_onnx(finished, command, tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
+@pytest.mark.parametrize("source", ["run", "file"])
+def test_export_verified_and_measured(finished, command, tmp_path, source):
     directory, _ = finished
-    arguments = ("--output", tmp_path / "s.mfp", "--onnx", tmp_path / "s.onnx", "--fold-bn")
-    code, _, err = command("compact", directory, *arguments, "--model", "train_helpers:TinyNet")
+    given = (directory, "--model", "train_helpers:TinyNet") if source == "run" else (directory / "compact.mfp",)
+    code, out, err = command(
+        "export", given[0], tmp_path / "s.onnx", "--verify", "--measure", "--batch", "1,2", *given[1:]
+    )
     assert code == 0, err
-    small = mfp.load(tmp_path / "s.mfp").eval()
-    session = runtime.InferenceSession(tmp_path / "s.onnx", providers=["CPUExecutionProvider"])
-    entry = session.get_inputs()[0]
-    images = torch.randn(3, *entry.shape[1:])
-    with torch.no_grad():
-        expected = small(images)
-    actual = torch.from_numpy(session.run(None, {entry.name: images.numpy()})[0])
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert f"{tmp_path / 's.onnx'}: {(tmp_path / 's.onnx').stat().st_size:,} bytes" in out.replace("\n", "")
+    assert re.search(r"onnxruntime, batch 3: outputs differ from torch's by \d\.\de-0[6-9]", out)
+    rows = {line.split()[1] for line in out.splitlines() if line.startswith("│")}
+    assert {"compact", "dense", "saved"} & rows == ({"compact", "dense", "saved"} if source == "run" else {"compact"})
+    assert ("does not hold the dense network" in out) == (source == "file")
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (("s.tflite",), "s.tflite: the ending says the format, one of .onnx, .xml, .pt2"),
+    (("s.onnx", "--measure", "--batch", "none"), "--batch 'none': write whole numbers, as 1,8"),
+    (("s.onnx", "--measure", "--engine", "tvm"), "engine must be one of"),
+])  # fmt: skip
+def test_mistakes_of_export(finished, command, tmp_path, arguments, said):
+    directory, _ = finished
+    code, out, err = command("export", directory / "compact.mfp", tmp_path / arguments[0], *arguments[1:])
+    assert code == 2 and len(err.splitlines()) == 1 and said in err and not out
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_networks_are_exported(command, tmp_path):
+    (tmp_path / "other.mfp").write_bytes(b"nothing")
+    code, _, err = command("export", tmp_path / "other.mfp", tmp_path / "s.onnx")
+    assert code == 2 and "other.mfp: cannot be read as a model file" in err
 
 
 def test_a_file_never_causes_an_import(finished, command):

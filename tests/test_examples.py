@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import mfp
+from mfp.train.config import RunConfig
+from mfp.train.run import run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -60,3 +62,16 @@ def test_timm_hook(example, capsys):
     small = example("timm_hook").main(epochs=2, images=128)
     assert sum(widths(small)) < sum(widths(dense))
     assert capsys.readouterr().out.count("pruned by") == 2
+
+
+def test_eight_bits(example, tmp_path):
+    pytest.importorskip("nncf")
+    run(RunConfig(arch="resnet20", epochs=2, batch=64, residual="coupled", settle=0.5), tmp_path / "run")
+    rows = example("eight_bits").main(str(tmp_path / "run"))
+    assert len(rows) == 8 and all(row["ms_1"] > 0 and row["ms_64"] > 0 for row in rows)
+    top1 = {(row["engine"], row["network"]): row["top1"] for row in rows}
+    for engine in ("onnxruntime", "openvino"):
+        for network in ("dense", "compact"):
+            assert top1[engine, network] > 50
+            assert top1[engine, f"{network}, 8 bits"] > top1[engine, network] - 5
+    assert top1["onnxruntime", "compact"] == top1["openvino", "compact"]

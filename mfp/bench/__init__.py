@@ -24,6 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--compact", action="store_true", help="dense against compact networks, instead")
     parser.add_argument("--engines", nargs="?", const="", metavar="NAMES", help=ENGINES_HELP)
     parser.add_argument("--batch", help="images in a batch of --overhead or --compact (default: 8), of --engines (1,8)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for --engines (default: cpu)")
     options = parser.parse_args(arguments)
     try:
         batches = [int(part) for part in (options.batch or ("1,8" if options.engines is not None else "8")).split(",")]
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
 
         archs = [options.arch] if options.arch else engines.NETWORKS
         chosen = options.engines.split(",") if options.engines else engines.usual_engines()
-        report = engines.measure_networks(archs, chosen, options.rate, batches, console)
+        report = engines.measure_networks(archs, chosen, options.rate, batches, console, options.device)
         printer = engines.print_table
     elif options.compact:
         from mfp.bench import compaction

@@ -28,6 +28,7 @@ NETWORKS = (
 )  # fmt: skip
 FORMS = ("keep", "coupled", "index")
 MULTIPLE = 8  # of filters kept
+SIZE, ROUNDS, SECONDS = 224, 3, 1.0  # of images, and of each measurement
 LARGEST_DIFFERENCE = 1e-3  # between engines, relative: they sum in other orders, and some by Winograd
 
 
@@ -46,7 +47,7 @@ def measure_networks(
     rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("engines", total=len(archs) * len(engines) * (1 + len(FORMS)) * 3)
+        task = progress.add_task("engines", total=len(archs) * len(engines) * (1 + len(FORMS)) * ROUNDS)
         for arch in archs:
             progress.update(task, description=arch)
             with tempfile.TemporaryDirectory() as directory:
@@ -58,7 +59,7 @@ def measure_networks(
 
 def _measure_network(arch, engines, rate, batches, directory, advance, device) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    dense, image = build_model(arch, 1000).eval(), torch.randn(1, 3, 224, 224)
+    dense, image = build_model(arch, 1000).eval(), torch.randn(1, 3, SIZE, SIZE)
     models: dict[str, nn.Module] = {"dense": dense}
     for form in FORMS:
         models[form] = copy.deepcopy(dense)
@@ -70,7 +71,8 @@ def _measure_network(arch, engines, rate, batches, directory, advance, device) -
         for engine, file, count in _files(model, engines, image, directory / form):
             files[f"{form}/{engine}"], counts[f"{form}/{engine}"] = (engine, file), count
             _check(model, image, engine, file, device)
-    times = measure(files, {"x": image.numpy()}, batches, device=device, advance=advance)
+    inputs = {"x": image.numpy()}
+    times = measure(files, inputs, batches, rounds=ROUNDS, seconds=SECONDS, device=device, advance=advance)
     whole = flops(dense, image)
     return [
         {
@@ -128,7 +130,7 @@ def print_table(report: dict[str, Any], console: Console) -> None:
     console.print(table)
     about = ", ".join(str(value) for value in report["machine"].values())
     console.print(
-        f"{about}. Medians of three rounds in turns, each engine in a process of its own. In brackets: time saved / "
+        f"{about}. Medians of {ROUNDS} rounds in turns, each engine in a process of its own. In brackets: time saved / "
         "FLOPs saved in that engine. index: exported with plain additions, in mfp with joins by index."
     )
 
