@@ -212,7 +212,8 @@ def _try_export(model: nn.Module, values: dict[str, Any], batch: int, kind: str)
 
     positional, named = _call_form(model, values)
     shapes = None if kind == "none" else pytree.tree_map(free, values)
-    hook = register_module_forward_pre_hook(refuse_involved_sizes) if kind == "any" else None
+    involved = kind in ("any", "multiples")
+    hook = register_module_forward_pre_hook(refuse_involved_sizes) if involved else None
     try:
         return torch.export.export(model, positional, named, dynamic_shapes=shapes, strict=False)
     finally:

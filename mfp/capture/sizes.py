@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 
 MULTIPLE = 32  # networks halve their images five times
+MOST_EQUATIONS = 3  # that anyone reads
+MOST_OPERATIONS = 16  # in a size: (h - 1) // 32 + 1 has 4; more is not worth its algebra
 
 
 def size_rules(fake: Any) -> list[list]:
@@ -54,6 +56,8 @@ def _equations(sizes: list[Any]) -> list[str]:
     texts = [f"{e.lhs} = {e.rhs}" for e in found if e.is_Equality and {str(s) for s in e.free_symbols} <= names.keys()]
     for symbol, name in names.items():
         texts = [re.sub(rf"\b{symbol}\b", name, text) for text in texts]
+    if len(texts) > MOST_EQUATIONS:
+        return [f"image sizes: as in the example; the model's forward asks for {len(texts)} equations between them"]
     return [f"image sizes: {text}; the model's forward asks for it" for text in texts]
 
 
@@ -86,8 +90,13 @@ class TooInvolved(RuntimeError):
 
 
 def refuse_involved_sizes(module: Any, inputs: tuple) -> None:
-    """A hook for all modules: "same" padding for any size makes expressions that double with every layer, and minutes
-    of their algebra. For multiples of 32 they are plain numbers."""
+    """A hook for all modules: "same" padding for any size makes expressions that double with every layer, windows of
+    attention quotients of products, and both minutes of algebra. For multiples of 32 they are plain numbers."""
     for value in inputs:
-        if isinstance(value, Tensor) and any(not isinstance(s, int) and "Max(0, " in str(s) for s in value.shape[2:]):
+        if isinstance(value, Tensor) and any(operations(size) > MOST_OPERATIONS for size in value.shape[2:]):
             raise TooInvolved
+
+
+def operations(size: Any) -> int:
+    """How many additions, products, quotients and so on make a size of the inputs' sizes."""
+    return 0 if isinstance(size, int) else size.node.expr.count_ops()

@@ -41,7 +41,7 @@ class ExportReport:
         flops_compact: multiply-adds of the compact network, for the batch of the example.
         flops_exported: the same with filters of zeros for plain additions.
         grown: layers that got such filters, with their filters before and after.
-        left: joins by index that stayed, because no layer in front of them could grow.
+        left: joins by index in front of which no layer could grow: the engine puts zeros between the channels.
         free_batch: whether the batch size is free.
         difference: of the outputs on the example, relative to the largest.
     """
@@ -67,7 +67,11 @@ class ExportReport:
                 f"{', ...' if len(self.grown) > 3 else ''}): {share:+.1%} multiply-adds; a plan with "
                 'residual="keep" or "coupled" needs none'
             )
-        lines += [f"{name} stays a join by index: no layer in front of it could grow" for name in self.left]
+        if self.left:
+            lines.append(
+                f"no layer in front of {', '.join(self.left[:3])}{', ...' if len(self.left) > 3 else ''} could grow: "
+                f"the engine puts zeros between the channels when it runs ({len(self.left)} such places)"
+            )
         lines.append(f"largest relative difference of the outputs {self.difference:.1e}")
         return "\n".join(lines)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from mfp.modules import ConvWithBorder, ExpandChannels, ResidualJoin, SelectChannels
+from mfp.modules import AddConstants, ConvWithBorder, ExpandChannels, ResidualJoin, SelectChannels
 from mfp.serving.fold import BATCH_NORMS
 
 aten = torch.ops.aten
@@ -29,7 +29,7 @@ CONSTANT_KEEPING = {getattr(aten, name) for name in _KEEPING.split()}
 
 @dataclass
 class Widened:
-    """What became of the joins: layers that grew, with the multiply-adds that it costs, and joins that stayed."""
+    """What became of the joins: layers that grew, and joins that are spread out when the network runs."""
 
     grown: dict[str, tuple[int, int]] = field(default_factory=dict)  # filters before and after
     left: list[str] = field(default_factory=list)
@@ -38,7 +38,8 @@ class Widened:
 
 @torch.no_grad()
 def widen(network: fx.GraphModule, arguments: dict[str, Any]) -> Widened:
-    """Replaces the joins and expansions of a compact network in place, where the layers before them can grow.
+    """Replaces the joins and expansions of a compact network in place: the layers before them grow where they can,
+    elsewhere channels of zeros are put between the others when it runs (padding and a gather, that all engines have).
 
     Args:
         arguments: forward's arguments by name, for the shapes.
@@ -48,14 +49,10 @@ def widen(network: fx.GraphModule, arguments: dict[str, Any]) -> Widened:
         if node.op != "call_module":
             continue
         module = grower.modules[node.target]
-        if isinstance(module, ResidualJoin):
-            done = grower.join(node, module)
-        elif isinstance(module, ExpandChannels):
-            done = grower.expansion(node, module)
-        else:
-            continue
-        if not done:
-            grower.result.left.append(node.name)
+        if isinstance(module, ResidualJoin) and not grower.join(node, module):
+            grower.spread_join(node, module)
+        elif isinstance(module, ExpandChannels) and not grower.expansion(node, module):
+            grower.spread_expansion(node, module)
     network.graph.lint()
     network.delete_all_unused_submodules()
     network.recompile()
@@ -124,6 +121,53 @@ class _Grower:
         node.replace_all_uses_with(source)
         self.network.graph.erase_node(node)
         return True
+
+    def spread_join(self, node: fx.Node, module: ResidualJoin) -> None:
+        residual, branch = node.args
+        width = self.width(residual, module.dim)
+        source = torch.full((width,), -1)
+        source[module.index.cpu()] = torch.arange(len(module.index))
+        with self.network.graph.inserting_before(node):
+            spread = self.spread(node.name, branch, source, module.dim)
+            added = self.network.graph.call_function(aten.add.Tensor, (residual, spread))
+            self.replace(node, self.plus(node.name, added, module.bias, module.dim))
+
+    def spread_expansion(self, node: fx.Node, module: ExpandChannels) -> None:
+        source = torch.full((module.width,), -1)
+        source[module.index.cpu()] = module.source.cpu()
+        with self.network.graph.inserting_before(node):
+            spread = self.spread(node.name, node.args[0], source, module.dim)
+            self.replace(node, self.plus(node.name, spread, module.fill, module.dim))
+
+    def spread(self, name: str, node: fx.Node, source: Tensor, dim: int) -> fx.Node:
+        """A wider tensor: channel i is the node's channel ``source[i]``, or zero where that is -1."""
+        count, ndim, graph = self.width(node, dim), len(node.meta["tensor_meta"].shape), self.network.graph
+        there = (source >= 0).nonzero().flatten()
+        first = int(there[0])
+        beside = [0, 0] * (ndim - 1 - dim)  # pads are written from the last dimension on
+        if torch.equal(source[first : first + count], torch.arange(count)) and len(there) == count:
+            amounts = [*beside, first, len(source) - first - count]
+            return graph.call_function(aten.constant_pad_nd.default, (node, amounts, 0.0))
+        padded = graph.call_function(aten.constant_pad_nd.default, (node, [*beside, 0, 1], 0.0))
+        index = torch.where(source >= 0, source, count)
+        device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
+        return self.add(f"{name}_spread", SelectChannels(index.to(device), dim), padded)
+
+    def plus(self, name: str, node: fx.Node, constants: Tensor | None, dim: int) -> fx.Node:
+        if constants is None:
+            return node
+        return self.add(f"{name}_constants", AddConstants(constants.detach(), dim), node)
+
+    def add(self, name: str, module: nn.Module, source: fx.Node) -> fx.Node:
+        self.network.add_submodule(name, module)
+        self.modules[name], self.calls[name] = module, 1
+        return self.network.graph.call_module(name, (source,))
+
+    def replace(self, node: fx.Node, new: fx.Node) -> None:
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        self.network.graph.erase_node(node)
+        self.result.left.append(node.name)
 
     def width(self, node: fx.Node, dim: int) -> int:
         return self.widths.get(node) or node.meta["tensor_meta"].shape[dim]
