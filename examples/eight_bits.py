@@ -60,25 +60,29 @@ def accuracy(engine: str, file: Path, images: np.ndarray, targets: np.ndarray) -
     return 100 * float((outputs[1][0].argmax(1) == targets).mean())
 
 
-def main(run: str, data: str = "digits") -> list[dict]:
-    masked = load_network(run).eval()
-    trained = load_network_dense(run)
-    images = load_data(data)
-    calibration, _ = arrays(images.plain, CALIBRATION)
-    test, targets = arrays(images.test, 10_000)
+def compare(networks: dict, data, rounds: int = 3, seconds: float = 1.0) -> list[dict]:
+    """A row for each network, in float32 and in 8 bits, in each engine."""
+    calibration, _ = arrays(data.plain, CALIBRATION)
+    test, targets = arrays(data.test, 10_000)
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for engine, suffix in (("onnxruntime", ".onnx"), ("openvino", ".xml")):
             files = {}
-            for name, network in (("dense", trained or dense_like(masked)), ("compact", masked)):
+            for name, network in networks.items():
                 file = Path(directory) / f"{name}{suffix}"
-                mfp.export(network, file, images.example())
+                mfp.export(network, file, data.example())
                 files[name], files[f"{name}, 8 bits"] = file, quantize(engine, file, calibration)
-            times = measure({name: (engine, file) for name, file in files.items()}, {"x": test[:1]}, (1, 64))
+            contestants = {name: (engine, file) for name, file in files.items()}
+            times = measure(contestants, {"x": test[:1]}, (1, 64), rounds=rounds, seconds=seconds)
             for name, file in files.items():
                 rows.append({"engine": engine, "network": name, "top1": accuracy(engine, file, test, targets)})
                 rows[-1] |= {"ms_1": times[name][1], "ms_64": times[name][64]}
     return rows
+
+
+def main(run: str, data: str = "digits") -> list[dict]:
+    masked = load_network(run).eval()
+    return compare({"dense": load_network_dense(run) or dense_like(masked), "compact": masked}, load_data(data))
 
 
 def load_network_dense(run: str):

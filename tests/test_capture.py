@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from compact_cases import difference
+from compact_cases import difference, killed
 from torch import fx, nn
 
 import mfp
@@ -287,3 +287,27 @@ def test_capture_is_silent(capfd):
         warnings.simplefilter("error")
         captured(Sizes(lambda x: x + torch.ones(1, 1, 8, 8)), torch.randn(1, 3, 8, 8))
     assert capfd.readouterr() == ("", "")
+
+
+def test_blocks_without_gradients_and_without_autocast():
+    class Blocks(nn.Module):
+        def __init__(self, enabled):
+            super().__init__()
+            self.first, self.second, self.enabled = killed(nn.Conv2d(3, 6, 1), 1, 4), nn.Conv2d(6, 4, 1), enabled
+
+        def forward(self, x):
+            x = self.first(x)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+                x = F.relu(x.float())
+                y = x.relu_() + 1 if self.enabled else x + x
+            with torch.no_grad():
+                z = y * 2
+            return self.second(y + z)
+
+    torch.manual_seed(0)
+    model, x = Blocks(False), torch.randn(3, 3, 5, 5)
+    small = mfp.compact(model, x[:1])
+    assert small.second.in_channels == 4
+    assert difference(model(x).detach(), small(x).detach()) < 1e-6
+    with pytest.raises(MfpError, match="switches torch.autocast on"):
+        mfp.compact(Blocks(True), x)

@@ -25,7 +25,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
 from mfp.capture.call_form import unlift
-from mfp.capture.functional import DROPOUTS, aliased_arguments, decompose, make_functional
+from mfp.capture.functional import DROPOUTS, aliased_arguments, decompose, inline_blocks, make_functional
 from mfp.capture.sizes import MULTIPLE, TooInvolved, holds_sizes, in_words, refuse_involved_sizes, size_rules
 from mfp.errors import CaptureError, MfpError
 
@@ -67,6 +67,7 @@ def capture(model: nn.Module, arguments: dict[str, Any], free_sizes: bool = True
     """
     with plain_tensors(), eval_mode(model), torch.no_grad(), _quiet():
         program, fixed = _export(model, arguments, free_sizes)
+        inline_blocks(program)
         functional = make_functional(program.graph, set(program.graph_signature.inputs_to_buffers))
         if not functional:  # a view of an overwritten tensor is read later: torch sorts that out, at thrice the time
             program = decompose(program)

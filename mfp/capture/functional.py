@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mfp.errors import MfpError
+
 aten = torch.ops.aten
 
 # Operators that return their input or a new tensor, whichever it is not said in their schema; active in training alone.
@@ -15,6 +17,32 @@ DROPOUTS = {
     aten.dropout: nn.Dropout, aten.alpha_dropout: nn.AlphaDropout,
     aten.feature_dropout: nn.Dropout2d, aten.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }  # fmt: skip
+
+
+def inline_blocks(program: Any) -> None:
+    """What stands under ``torch.no_grad()`` or a switched off ``torch.autocast`` is a graph of its own; it becomes part
+    of the one around it, since the network may be trained and is run in the dtypes it was captured in.
+
+    Raises MfpError for an autocast that is switched on: the dtypes inside are decided when it runs.
+    """
+    graph, root = program.graph, program.graph_module
+    for node in list(graph.nodes):
+        name = getattr(node.target, "_name", "") if node.op == "call_function" else ""
+        if name not in ("wrap_with_autocast", "wrap_with_set_grad_enabled"):
+            continue
+        if name == "wrap_with_autocast" and node.args[2]:
+            raise MfpError("the model's forward switches torch.autocast on: call it under autocast instead")
+        block, inputs = (node.args[4], node.args[5:]) if name == "wrap_with_autocast" else (node.args[1], node.args[2:])
+        inner = getattr(root, block.target).graph
+        values = dict(zip((n for n in inner.nodes if n.op == "placeholder"), inputs, strict=True))
+        with graph.inserting_before(node):
+            results = graph.graph_copy(inner, values)
+        results = results if isinstance(results, tuple | list) else (results,)
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        graph.erase_node(block)
 
 
 def make_functional(graph: fx.Graph, buffers: set[str]) -> bool:
