@@ -170,7 +170,7 @@ def measure(entry: Entry, mask_bn: bool = True, dtypes: Iterable[torch.dtype] = 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compare(entry, result, mask_bn, dtypes)
-    except Exception as error:
+    except (Exception, TooLong) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         first = (str(error).strip().splitlines() or [""])[0]
         result["error"] = f"{type(error).__name__}: {first} ({Path(where.filename).name}:{where.lineno})"
@@ -211,7 +211,9 @@ def compare(entry: Entry, result: dict[str, Any], mask_bn: bool, dtypes: Iterabl
             try:
                 expected = run(part.to(dtype), cast(copy.copy(fresh), dtype))
             except RuntimeError as error:
-                if dtype is torch.float32 or "scalar type" not in str(error) and "should be the same" not in str(error):
+                if dtype is torch.float32 or (
+                    "scalar type" not in str(error) and "should be the same" not in str(error)
+                ):
                     raise
                 result["note"] = "float32 alone: the model itself casts to it"
                 continue
@@ -239,8 +241,12 @@ def measure_named(name: str) -> dict[str, Any]:
         signal.alarm(0)
 
 
+class TooLong(BaseException):
+    """No Exception: torch.export and the like would go on after one."""
+
+
 def too_long(*_: Any) -> None:
-    raise TimeoutError(f"not done after {LONGEST} s")
+    raise TooLong(f"not done after {LONGEST} s")
 
 
 def measure_all(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
