@@ -36,12 +36,7 @@ FAST = {
 UNMASKED = ("torchvision: resnet18", "timm: test_efficientnet", "transformers: RegNet-x")
 
 
-KNOWN = {"timm: test_efficientnet_evos": "1.35 times live: EvoNorm's standard deviation is read across channels"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.xfail(reason=KNOWN[n])) if n in KNOWN else n for n in FAST]
-)
+@pytest.mark.parametrize("name", FAST)
 def test_exact_and_as_small_as_an_observer_sees(name):
     check(measure(ENTRIES[name]))
 

@@ -18,10 +18,20 @@ aten = torch.ops.aten
 # Elementwise, but without torch's tag that says so.
 UNTAGGED = {aten.hardswish, aten.square, aten.clip}
 
-# Operators with a product in them, and the place of its first factor; what stands before is added to it.
-PRODUCTS = {aten.mul: 0, aten.addcmul: 1}
+# Operators with a product in them, and the places of its factors; what stands before is added to it.
+PRODUCTS = {aten.mul: slice(0, 2), aten.addcmul: slice(1, 3), aten.div: slice(0, 1)}
 
-SHAPE_ONLY = {aten.view, aten.reshape, aten.unsqueeze, aten.squeeze, aten.permute, aten.transpose}
+# A parameter behind these is still one.
+FORM_ONLY = {
+    aten.view,
+    aten.reshape,
+    aten.unsqueeze,
+    aten.squeeze,
+    aten.permute,
+    aten.transpose,
+    aten.to,
+    aten._to_copy,
+}
 
 
 def is_elementwise(node: fx.Node) -> bool:
@@ -43,17 +53,17 @@ def own_dim(node: fx.Node, operand: fx.Node, dim: int) -> int | None:
 
 
 def parameter_value(net: Network, node: fx.Node) -> Tensor | None:
-    """The tensor that a get_attr node reads, also in another shape."""
+    """The tensor that a get_attr node reads, also in another shape or dtype."""
     if node.op == "get_attr":
         return net.value(node)
-    if getattr(node.target, "overloadpacket", None) not in SHAPE_ONLY or len(node.all_input_nodes) != 1:
+    if getattr(node.target, "overloadpacket", None) not in FORM_ONLY or len(node.all_input_nodes) != 1:
         return None
     value = parameter_value(net, node.args[0])
     return None if value is None else node.target(value, *node.args[1:], **node.kwargs)
 
 
 class Elementwise(Rule):
-    """Constants of all operands give a constant; zero times anything is zero."""
+    """Constants of all operands give a constant; zero times anything, or divided by anything, is zero."""
 
     understood = True
 
@@ -79,9 +89,10 @@ class Elementwise(Rule):
         result = self.evaluate(node, const, count)
         result = torch.where(live | ~result.isfinite(), torch.nan, result)
         if node.target.overloadpacket in PRODUCTS and node.target._overloadname != "Scalar":
-            first = PRODUCTS[node.target.overloadpacket]
-            zero = torch.stack([const[factor] == 0 for factor in node.args[first:] if factor in const]).any(0)
-            rest = const[node.args[0]] if first else torch.zeros_like(result)
+            places = PRODUCTS[node.target.overloadpacket]
+            factors = [const[factor] == 0 for factor in node.args[places] if factor in const]
+            zero = torch.stack(factors).any(0) if factors else torch.zeros(count, dtype=torch.bool)
+            rest = const[node.args[0]] if places.start else torch.zeros_like(result)
             result = torch.where(zero, rest, result)
         return Channels(dim, result)
 
