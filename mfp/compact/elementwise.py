@@ -23,15 +23,8 @@ PRODUCTS = {aten.mul: slice(0, 2), aten.addcmul: slice(1, 3), aten.div: slice(0,
 
 # A parameter behind these is still one.
 FORM_ONLY = {
-    aten.view,
-    aten.reshape,
-    aten.unsqueeze,
-    aten.squeeze,
-    aten.permute,
-    aten.transpose,
-    aten.to,
-    aten._to_copy,
-}
+    aten.view, aten.reshape, aten.unsqueeze, aten.squeeze, aten.permute, aten.transpose, aten.to, aten._to_copy,
+}  # fmt: skip
 
 
 def is_elementwise(node: fx.Node) -> bool:
