@@ -295,7 +295,8 @@ def export(
     report, arguments = export_and_arguments(network, output, example)
     print(report)
     if verify:
-        for size, apart in engines.verify(output, network.eval(), arguments, engine).items():
+        sizes = (1, 3) if report.free_batch else (len(next(iter(arguments.values()))),)
+        for size, apart in engines.verify(output, network.eval(), arguments, engine, sizes).items():
             print(f"{engine}, batch {size}: outputs differ from torch's by {apart:.1e} of the largest")
     if measure:
         _print_times(engine, output, None if source.suffix == ".mfp" else network, arguments, report, batches)

@@ -1,12 +1,15 @@
 """Rates from targets: exact counts, the smallest rate that does it, and what cannot be reached."""
 
+import onnx
 import pytest
 import torch
 from torch import nn
 
 import mfp
+from mfp import targets
 from mfp.compact import count_parameters
-from mfp.targets import _search, absolute
+from mfp.export import engines
+from mfp.targets import RateForTarget, _search, absolute
 from mfp.train.models import CifarResNet
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
@@ -60,6 +63,40 @@ def test_time_is_measured():
         model, torch.zeros(1, 3, 32, 32), milliseconds="99.9%", layer_rates={"3": 0.0}, channel_multiple=1
     )
     assert 0.0 < found.reached <= found.asked < found.dense and 0.0 < found.rate < 1.0
+
+
+def test_time_in_another_engine_and_the_rounding_that_suits_it(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(targets, "MEASURED_STEP", 0.25)
+    monkeypatch.setattr(targets, "MULTIPLES", (1, 8))
+    measured, said = [], []
+
+    def run_file(engine, file, inputs, *, batches, seconds):
+        """Real files in the real engine; the times are made up, so that the answer is known."""
+        engines.run_file(engine, file, inputs, batches=batches)
+        kept = sum(value.dims[0] for value in onnx.load(file).graph.initializer if len(value.dims) == 4)
+        measured.append(kept)
+        return {batch: float(kept) for batch in batches}, {}
+
+    monkeypatch.setattr(targets, "run_file", run_file)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 60, 3), nn.BatchNorm2d(60), nn.ReLU(), nn.Conv2d(60, 4, 3), nn.Flatten())
+    asked = {"milliseconds": 50.0, "engine": "onnxruntime", "layer_rates": {"3": 0.0}}
+    found = mfp.find_rate(model, torch.zeros(2, 3, 16, 16), say=said.append, **asked)
+    # 60 filters less a quarter are 45, in multiples of 8 they are 48, which the wanted time does not allow
+    assert (found.rate, found.reached, found.dense, found.channel_multiple) == (0.25, 49.0, 64.0, 1)
+    assert len(found.tried) == 2 and "multiples of 8" in found.tried[1] and len(said) == len(measured)
+    found = mfp.find_rate(model, torch.zeros(2, 3, 16, 16), channel_multiple=8, **asked)
+    assert (found.rate, found.reached, found.channel_multiple, found.tried) == (0.5, 36.0, 8, ())
+
+
+def test_a_search_that_begins_nearby_finds_the_same():
+    for asked in (4.0, 37.0, 50.0, 93.0):
+        for start in (0.02, 0.5, 0.95):
+            cost = lambda rate: 100 * (1 - rate)  # noqa: E731
+            near = RateForTarget(start, "milliseconds", asked, 0.0, 100.0)
+            plain = _search("milliseconds", asked, 100.0, 0.01, cost)
+            assert _search("milliseconds", asked, 100.0, 0.01, cost, near) == plain
 
 
 def test_the_search_takes_the_smallest_rate():

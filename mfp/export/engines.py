@@ -122,11 +122,14 @@ def measure(
 
 
 @torch.no_grad()
-def verify(file: Path, network: nn.Module, arguments: dict[str, Any], engine: str | None = None) -> dict[int, float]:
+def verify(
+    file: Path, network: nn.Module, arguments: dict[str, Any], engine: str | None = None,
+    batches: tuple[int, ...] = (1, 3),
+) -> dict[int, float]:  # fmt: skip
     """{batch: largest difference between the engine's outputs and torch's, relative to the largest output}."""
     engine = engine or SERVES[file.suffix]
     inputs, found = one_image(arguments), {}
-    _, outputs = run_file(engine, file, inputs, batches=(1, 3))
+    _, outputs = run_file(engine, file, inputs, batches=batches)
     for batch, ours in outputs.items():
         given = [torch.from_numpy(np.concatenate([value] * batch)) for value in inputs.values()]
         theirs = [value for value in tree_leaves(network(*given)) if isinstance(value, Tensor)]
