@@ -62,10 +62,10 @@ def torch_program(file: str, threads: int, device: str, compiled: bool) -> Runne
 
         torch._inductor.config.freezing = True
         network = torch.compile(network, dynamic=False)
-    return torch_runner(network, device, half)
+    return torch_runner(network, device, half, channels_last=half)
 
 
-def torch_runner(network: Any, device: str, half: bool) -> Runner:
+def torch_runner(network: Any, device: str, half: bool, channels_last: bool = False) -> Runner:
     import torch
     from torch.utils._pytree import tree_leaves
 
@@ -75,7 +75,9 @@ def torch_runner(network: Any, device: str, half: bool) -> Runner:
         if id(inputs) not in given:
             tensors = [torch.from_numpy(value).to(device) for value in inputs.values()]
             if half:
-                tensors = [t.half().contiguous(memory_format=torch.channels_last) for t in tensors]
+                tensors = [t.half() for t in tensors]
+            if channels_last:
+                tensors = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
             given[id(inputs)] = tensors
         with torch.no_grad():
             result = tree_leaves(network(*given[id(inputs)]))
@@ -91,7 +93,7 @@ def tensorrt(file: str, threads: int, device: str) -> Runner:
 
     network = torch.export.load(file).module().to("cuda", torch.float16)
     network = torch.compile(network, backend="tensorrt", options={"enabled_precisions": {torch.float16}})
-    return torch_runner(network, "cuda", True)
+    return torch_runner(network, "cuda", True, channels_last=True)
 
 
 def mfp(file: str, threads: int, device: str) -> Runner:
@@ -100,7 +102,7 @@ def mfp(file: str, threads: int, device: str) -> Runner:
     import mfp
 
     torch.set_num_threads(threads)
-    return torch_runner(mfp.load(file).to(device), device, False)
+    return torch_runner(mfp.load(file).to(device), device, False, channels_last=True)
 
 
 ENGINES: dict[str, Callable[[str, int, str], Runner]] = {
