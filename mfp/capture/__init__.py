@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ def _try_export(model: nn.Module, values: dict[str, Any], batch: int, kind: str)
     positional, named = _call_form(model, values)
     shapes = None if kind == "none" else pytree.tree_map(free, values)
     involved = kind in ("any", "multiples")
-    hook = register_module_forward_pre_hook(refuse_involved_sizes) if involved else None
+    hook = register_module_forward_pre_hook(partial(refuse_involved_sizes, kind)) if involved else None
     try:
         return torch.export.export(model, positional, named, dynamic_shapes=shapes, strict=False)
     finally:

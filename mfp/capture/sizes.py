@@ -89,14 +89,15 @@ class TooInvolved(RuntimeError):
     """An image size that no free symbol should be carried for."""
 
 
-def refuse_involved_sizes(module: Any, inputs: tuple) -> None:
-    """A hook for all modules: "same" padding for any size makes expressions that double with every layer, windows of
-    attention quotients of products, and both minutes of algebra. For multiples of 32 they are plain numbers."""
+def refuse_involved_sizes(kind: str, module: Any, inputs: tuple) -> None:
+    """A hook for all modules: windows of attention make quotients of products of height and width, and minutes of
+    algebra; so does "same" padding for images of any size, whose expressions double with every layer."""
     for value in inputs:
-        if isinstance(value, Tensor) and any(operations(size) > MOST_OPERATIONS for size in value.shape[2:]):
+        if isinstance(value, Tensor) and any(is_involved(size, kind) for size in value.shape[2:]):
             raise TooInvolved
 
 
-def operations(size: Any) -> int:
-    """How many additions, products, quotients and so on make a size of the inputs' sizes."""
-    return 0 if isinstance(size, int) else size.node.expr.count_ops()
+def is_involved(size: Any, kind: str) -> bool:
+    if isinstance(size, int) or size.node.expr.count_ops() <= MOST_OPERATIONS:
+        return False
+    return kind == "any" or len(size.node.expr.free_symbols) > 1
