@@ -80,10 +80,19 @@ def test_a_conv_that_pads_by_the_size_of_its_input():
     small = compacted(randomize(model), 3, 64, 64)
     assert [type(small.get_submodule(name)) for name in ("0", "3")] == [nn.Conv2d, nn.Conv2d]
     assert small.get_submodule("0").weight.shape == (6, 3, 3, 3)
+    for size in ((64, 32), (96, 160), (33, 47)):
+        compare(model, small, 3, *size)
+
+
+def test_many_convs_that_pad_by_the_size_of_their_input():
+    """What they make of a size doubles with each: beyond two it is multiples of 32, and never a wrong result."""
+    torch.manual_seed(0)
+    model = nn.Sequential(killed(SameConv(3, 8, 3, stride=2), 1, 4), *(SameConv(8, 8, 3, stride=2) for _ in range(3)))
+    small = compacted(model, 3, 64, 64)
     for size in ((64, 32), (96, 160)):
         compare(model, small, 3, *size)
-    with pytest.raises(ValueError, match="multiple of 32, not 33"):  # never a wrong result
-        small(torch.zeros(1, 3, 33, 32).double())
+    with pytest.raises(ValueError, match="multiple of 32, not 33"):
+        small(torch.randn(1, 3, 33, 64, dtype=torch.float64))
     assert any("multiple of 32" in line for line in small.report.kept_because)
 
 
