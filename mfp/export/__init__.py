@@ -204,11 +204,12 @@ def write_program(program: Any, file: Path) -> list[Path]:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause, in one line."""
+    """The innermost cause, in one line: the one that names an operator, if one does."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    line = next((line for line in lines if "aten." in line), lines[0] if lines else "")
+    return f"{type(error).__name__}: {line}"
 
 
 @dataclass(frozen=True)
