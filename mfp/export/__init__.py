@@ -120,19 +120,20 @@ def prepare(model: nn.Module, example_input: Any = None) -> tuple[fx.GraphModule
         raise MfpError(f"give mfp.export an example input: this {type(model).__name__} does not say what it takes")
     with plain_tensors(), eval_mode(model):
         arguments = example_arguments(model, example)
-        network, widened = _prepared(model, arguments)
+        network, compact_flops, widened = _prepared(model, arguments)
         difference = check(
             network, model, arguments, lambda: "it begins in the exported form",
             lambda *like: _prepared(*like)[0],
         )  # fmt: skip
         report = ExportReport(
-            [], described(arguments), widened.flops_before, flops(network, arguments), widened.grown, widened.left,
+            [], described(arguments), compact_flops, flops(network, arguments), widened.grown, widened.left,
             difference=difference,
         )  # fmt: skip
     return network, arguments, report
 
 
-def _prepared(model: nn.Module, arguments: dict[str, Any]) -> tuple[fx.GraphModule, Widened]:
+def _prepared(model: nn.Module, arguments: dict[str, Any]) -> tuple[fx.GraphModule, int, Widened]:
+    """(the network as it is exported, its multiply-adds before it was widened, what widening did)"""
     if is_compact(model):
         network = copy.deepcopy(model).eval()
     else:
@@ -140,8 +141,7 @@ def _prepared(model: nn.Module, arguments: dict[str, Any]) -> tuple[fx.GraphModu
     fold_batchnorm(network)
     before = flops(network, arguments)
     widened = widen(network, arguments)
-    widened.flops_before = before
-    return fx.GraphModule(network, network.graph, type(network).__name__), widened
+    return fx.GraphModule(network, network.graph, type(network).__name__), before, widened
 
 
 def is_compact(model: nn.Module) -> bool:

@@ -33,7 +33,6 @@ class Widened:
 
     grown: dict[str, tuple[int, int]] = field(default_factory=dict)  # filters before and after
     left: list[str] = field(default_factory=list)
-    flops_before: int = 0
 
 
 @torch.no_grad()
