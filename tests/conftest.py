@@ -28,6 +28,10 @@ FUZZ_EXAMPLES = 10**9  # more than there is time for
 fuzz_until = None
 
 
+class TimeUp(pytest.skip.Exception):
+    """Ends a property's test early: hypothesis lets a skip through at once, and here it becomes a pass."""
+
+
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=float, metavar="SECONDS", help="only the property tests, this long, with new cases")
 
@@ -76,9 +80,25 @@ def for_a_time(test, seconds):
         if fuzz_until is None:  # the first case takes long: what is drawn from is set up then
             fuzz_until = time.monotonic() + seconds
         if time.monotonic() > fuzz_until and not failed:
-            pytest.skip(f"no fault found in {cases:,} cases of {test.__name__}")
+            raise TimeUp(f"no fault found in {cases:,} cases of {test.__name__}")
 
     return timed
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    try:
+        return (yield)
+    except TimeUp as end:
+        pyfuncitem.user_properties.append(("fuzz", end.msg))
+        return True
+
+
+def pytest_terminal_summary(terminalreporter):
+    for report in terminalreporter.getreports("passed"):
+        for name, found in report.user_properties:
+            if name == "fuzz" and report.when == "call":
+                terminalreporter.write_line(found)
 
 
 def seed():
