@@ -1,5 +1,6 @@
 """A model and an example in, a functional graph out."""
 
+import contextlib
 import re
 import warnings
 
@@ -311,3 +312,36 @@ def test_blocks_without_gradients_and_without_autocast():
     assert difference(model(x).detach(), small(x).detach()) < 1e-6
     with pytest.raises(MfpError, match="switches torch.autocast on"):
         mfp.compact(Blocks(True), x)
+
+
+class Activations(nn.Module):
+    """BatchNorm and activations, in place and not, on tensors that are contiguous, permuted, sliced and expanded."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        for function in (F.relu, F.silu, F.hardswish, F.hardsigmoid, F.gelu):
+            x = function(x.permute(0, 1, 3, 2)).permute(0, 1, 3, 2) + function(
+                x[:, :, :1].expand(-1, -1, x.shape[2], -1)
+            )
+        for function in (F.relu, F.silu, F.hardswish, F.hardsigmoid):
+            x = function(x + 1, inplace=True)
+        return self.bn(x[:, :, ::2].permute(0, 1, 3, 2)).flatten(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_shapes_that_are_looked_up_are_those_that_torch_derives(dtype, memory_format, monkeypatch):
+    model = Activations().to(dtype).to(memory_format=memory_format)
+    example = torch.randn(2, 3, 12, 14).to(dtype).contiguous(memory_format=memory_format)
+
+    def results():
+        nodes = captured(model, example).graph.nodes
+        return [(n.name, str(n.target), str(v := n.meta.get("val")), str(getattr(v, "stride", str)())) for n in nodes]
+
+    quick, asked = results(), []
+    monkeypatch.setattr("mfp.capture.fast_shapes", lambda: asked.append(1) or contextlib.nullcontext())
+    assert quick == results() and asked

@@ -7,8 +7,10 @@ operators are standard ones. engines.py runs and times the files.
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from mfp.compact.check import check
 from mfp.compact.count import flops
 from mfp.compact.report import described, example_of
 from mfp.errors import MfpError
-from mfp.export.widen import Widened, widen
+from mfp.export.widen import CHANNELS_AT_ONCE, Widened, widen
 from mfp.plan import unwrap
 from mfp.serving.fold import fold_batchnorm
 from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d
@@ -41,6 +43,7 @@ class ExportReport:
         flops_compact: multiply-adds of the compact network, for the batch of the example.
         flops_exported: the same with filters of zeros for plain additions.
         grown: layers that got such filters, with their filters before and after.
+        filled: layers that were filled up to a multiple of 8 filters, with their filters before and after.
         left: joins by index in front of which no layer could grow: the engine puts zeros between the channels.
         free_batch: whether the batch size is free.
         difference: of the outputs on the example, relative to the largest.
@@ -52,21 +55,23 @@ class ExportReport:
     flops_exported: int
     grown: dict[str, tuple[int, int]] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
+    filled: dict[str, tuple[int, int]] = field(default_factory=dict)
     free_batch: bool = True
     difference: float = 0.0
 
     def __str__(self) -> str:
         lines = [f"{file}: {file.stat().st_size:,} bytes" for file in self.files if file.exists()]
         lines += [f"input {name}: {dtype} {size_in_words(shape, self.free_batch)}" for name, (shape, dtype) in self.inputs.items()]  # fmt: skip  # noqa: E501
-        lines.append(f"multiply-adds {self.flops_compact:,} compact, {self.flops_exported:,} exported")
+        share = self.flops_exported / self.flops_compact - 1
+        lines.append(f"multiply-adds {self.flops_compact:,} compact, {self.flops_exported:,} exported ({share:+.1%})")
         if self.grown:
-            share = self.flops_exported / self.flops_compact - 1
             examples = [f"{name} {before} → {after}" for name, (before, after) in list(self.grown.items())[:3]]
             lines.append(
                 f"{len(self.grown)} layers in front of additions got filters of zeros ({', '.join(examples)}"
-                f"{', ...' if len(self.grown) > 3 else ''}): {share:+.1%} multiply-adds; a plan with "
-                'residual="keep" or "coupled" needs none'
+                f'{", ..." if len(self.grown) > 3 else ""}); a plan with residual="keep" or "coupled" needs none'
             )
+        if self.filled:
+            lines.append(f"{len(self.filled)} layers were filled up to a multiple of {CHANNELS_AT_ONCE} filters")
         if self.left:
             lines.append(
                 f"no layer in front of {', '.join(self.left[:3])}{', ...' if len(self.left) > 3 else ''} could grow: "
@@ -108,8 +113,39 @@ def export_and_arguments(model: nn.Module, file: Path, example_input: Any) -> tu
     require(*FORMATS[file.suffix].packages)
     network, arguments, report = prepare(model, example_input)
     program, report.free_batch = exported_program(network, arguments)
-    report.files = FORMATS[file.suffix].write(program, file)
+    form = FORMATS[file.suffix]
+    try:
+        report.files = form.write(program, file)
+    except CannotExpress as error:
+        raise MfpError(f"{file}: cannot be expressed in {form.name}: {error}{place_of(str(error), network)}") from error
     return report, arguments
+
+
+class CannotExpress(Exception):
+    """What a converter says of an operator that its format lacks, in one line."""
+
+
+def place_of(message: str, network: fx.GraphModule) -> str:
+    """Where the operator that a message names stands: the layers it comes after."""
+    named = re.search(r"aten[.:]+(\w+)", message)
+    for node in network.graph.nodes:
+        packet = getattr(node.target, "overloadpacket", None)
+        if named and getattr(packet, "__name__", None) == named.group(1):
+            layers = list(layers_before(node))
+            return f" (behind {', '.join(layers)})" if layers else ""
+    return ""
+
+
+def layers_before(node: fx.Node) -> Iterator[str]:
+    """The nearest modules in front of a node."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        for source in waiting.pop(0).all_input_nodes:
+            if source.op == "call_module":
+                yield str(source.target)
+            elif source not in seen:
+                seen.add(source)
+                waiting.append(source)
 
 
 def prepare(model: nn.Module, example_input: Any = None) -> tuple[fx.GraphModule, dict[str, Any], ExportReport]:
@@ -127,7 +163,7 @@ def prepare(model: nn.Module, example_input: Any = None) -> tuple[fx.GraphModule
         )  # fmt: skip
         report = ExportReport(
             [], described(arguments), compact_flops, flops(network, arguments), widened.grown, widened.left,
-            difference=difference,
+            widened.filled, difference=difference,
         )  # fmt: skip
     return network, arguments, report
 
@@ -179,7 +215,7 @@ def write_onnx(program: Any, file: Path) -> list[Path]:
             made = torch.onnx.export(program, (), None, dynamo=True, verbose=False)
             data = made.model_proto.SerializeToString()
         except Exception as error:  # the exporter's errors have no common class
-            raise MfpError(f"{file}: cannot be expressed in ONNX: {_reason(error)}") from error
+            raise CannotExpress(_reason(error)) from error
     write_atomically(file, data)
     return [file]
 
@@ -191,7 +227,7 @@ def write_openvino(program: Any, file: Path) -> list[Path]:
         try:
             made = openvino.convert_model(program)
         except Exception as error:
-            raise MfpError(f"{file}: cannot be expressed in OpenVINO IR: {_reason(error)}") from error
+            raise CannotExpress(_reason(error)) from error
         openvino.save_model(made, Path(directory) / "model.xml", compress_to_fp16=False)
         for suffix in (".bin", ".xml"):
             write_atomically(file.with_suffix(suffix), (Path(directory) / f"model{suffix}").read_bytes())
@@ -214,14 +250,15 @@ def _reason(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Format:
-    """How a kind of file is written, and the packages that it takes."""
+    """A kind of file: its name, how it is written (raises CannotExpress), and the packages that it takes."""
 
-    write: Any
+    name: str
+    write: Callable[[Any, Path], list[Path]]
     packages: tuple[str, ...] = ()
 
 
 FORMATS = {
-    ".onnx": Format(write_onnx, ("onnx", "onnxscript")),
-    ".xml": Format(write_openvino, ("openvino",)),
-    ".pt2": Format(write_program),
+    ".onnx": Format("ONNX", write_onnx, ("onnx", "onnxscript")),
+    ".xml": Format("OpenVINO IR", write_openvino, ("openvino",)),
+    ".pt2": Format("torch.export's program", write_program),
 }
