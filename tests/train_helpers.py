@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 import mfp
 from mfp.structure import _KNOWN, structure_of
@@ -42,7 +43,7 @@ def tiny_data(train: int = 48, test: int = 20, seed: int = 0) -> ImageData:
     data = load_data("digits", seed)
 
     def part(view: SeededDataset, size: int) -> SeededDataset:
-        return SeededDataset(view.source[:size], view.transform, view.seed, view.random)
+        return SeededDataset(Subset(view.source, range(size)), view.transform, view.seed)
 
     return ImageData(part(data.train, train), part(data.plain, train), part(data.test, test), 10, data.image_shape)
 
