@@ -382,8 +382,9 @@ def evaluate(
     from mfp.train.evaluation import evaluate as measure
     from mfp.train.load import load_network
 
+    spec = _data(data, dataset) or "digits"
     network = load_network(model, _function(function) if function else None)
-    images = load_data(_data(data, dataset) or "digits")
+    images = load_data(spec)
     network.to(join(device).device)
     metrics = measure(network, images.test, batch, workers)
     flops = mfp.flops(network, images.example().to(next(network.parameters()).device))

@@ -48,6 +48,21 @@ def tiny_data(train: int = 48, test: int = 20, seed: int = 0) -> ImageData:
     return ImageData(part(data.train, train), part(data.plain, train), part(data.test, test), 10, data.image_shape)
 
 
+def few_digits() -> dict:
+    """What `--dataset train_helpers:few_digits` gives."""
+    from torchvision.transforms import v2
+
+    data = load_data("digits")
+    parts = {"train": [data.plain[0, i] for i in range(64)], "test": [data.test[0, i] for i in range(20)]}
+    return {**parts, "num_classes": 10, "augment": v2.RandomCrop(32, padding=4)}
+
+
+def few_grey() -> dict:
+    """Images of one channel, which no network of a known name takes."""
+    images = [(torch.zeros(1, 32, 32), number % 2) for number in range(20)]
+    return {"train": images, "test": images, "num_classes": 2}
+
+
 def tiny_config(**settings) -> RunConfig:
     return RunConfig(
         **{

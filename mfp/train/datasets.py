@@ -189,9 +189,8 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise MfpError(f"cannot read {path}, it is damaged or cut short: {error}") from error
     if len(data) != size:
-        raise MfpError(
-            f"{path} has {'more' if len(data) > size else 'less'} than the {size:,} bytes of its {list(shape)}"
-        )
+        found = "more" if len(data) > size else "fewer"
+        raise MfpError(f"{path} holds {found} than the {size:,} bytes that its header tells, {list(shape)}")
     return np.frombuffer(bytearray(data), np.uint8).reshape(shape)
 
 

@@ -28,11 +28,14 @@ def users_function(option: str, name: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(package), function)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = getattr(importlib.import_module(package), function)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise MfpError(
             f"{option} {name}: cannot find it ({error}); write package:function, importable from here"
         ) from error
+    if not callable(found):
+        raise MfpError(f"{option} {name} is a {type(found).__name__}, not a function")
+    return found
 
 
 class OwnImages(Dataset):
