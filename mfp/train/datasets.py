@@ -99,8 +99,7 @@ class GreyImages(Dataset):
     """Images [N, H, W] with values from 0 to 1, normalised once and kept in memory; three equal channels each."""
 
     def __init__(self, images: Tensor, targets: Sequence[int], statistics: tuple[float, float]) -> None:
-        mean, deviation = statistics
-        self.images, self.targets = (images[:, None] - mean) / deviation, list(targets)
+        self.images, self.targets = _normalised(images[:, None], statistics), list(targets)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -117,11 +116,16 @@ def _source(train, test, augment: list, plain: list, statistics, num_classes: in
     return Source(train, test, num_classes, (3, size, size), augmented, plainly)
 
 
+def _normalised(images: Tensor, statistics: tuple[float, float]) -> Tensor:
+    mean, deviation = statistics
+    return (images - mean) / deviation
+
+
 def _grey_source(train, test, size: int, padding: int, flip: bool, statistics: tuple[float, float]) -> Source:
     from torchvision.transforms import v2
 
-    mean, deviation = statistics
-    augment = [v2.RandomCrop(size, padding, fill=-mean / deviation)]  # black, normalised
+    black = _normalised(torch.zeros(()), statistics).item()
+    augment = [v2.RandomCrop(size, padding, fill=black)]
     augment += [v2.RandomHorizontalFlip()] * flip
     return Source(train, test, 10, (3, size, size), v2.Compose(augment), nn.Identity())
 
