@@ -77,7 +77,8 @@ def _leave(message: str, code: int) -> None:
 def prune(
     ctx: typer.Context,
     model: Annotated[str | None, typer.Option(help="package:function of yours that builds the network")] = None,
-    recipe: Annotated[str | None, typer.Option(help="the papers' settings by name; other options override it")] = None,
+    dataset: Annotated[str | None, typer.Option(help="package:function of yours that returns the data")] = None,
+    recipe: Annotated[str | None, typer.Option(help="settings by name, which other options override")] = None,
     output: Annotated[Path | None, typer.Option(help="run directory; runs/ARCH-DATA if not given")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --output")] = False,
     **options: Any,
@@ -95,6 +96,8 @@ def prune(
         raise MfpError(f"--arch {given['arch']}: code of yours is imported only by --model package:function")
     if model:
         given["arch"] = _function(model)
+    if dataset or "data" in given:
+        given["data"] = _data(given.get("data"), dataset)
     config = _make_config(given, recipe, output if resume else None)
     output = output or _free_directory(config)
     try:
@@ -113,6 +116,7 @@ def _was_given(ctx: typer.Context, name: str) -> bool:
 def _make_config(given: dict[str, Any], recipe_name: str | None, resumed: Path | None) -> RunConfig:
     """Defaults, then the recipe, then the stored run when one is resumed, then what was given."""
     from mfp.train.config import RunConfig
+    from mfp.train.datasets import OWN
     from mfp.train.recipes import recipe
 
     values = {name: _parse(name, value) for name, value in given.items()}
@@ -121,6 +125,9 @@ def _make_config(given: dict[str, Any], recipe_name: str | None, resumed: Path |
         config = RunConfig.from_json(stored.read_text(), str(stored))
         if ":" in config.arch and "arch" not in values:
             raise MfpError(f"{stored} names a function of yours; it is imported only if you say --model {config.arch}")
+        if config.data.startswith(OWN) and "data" not in values:
+            function = config.data.removeprefix(OWN)
+            raise MfpError(f"{stored} names a function of yours; it is imported only if you say --dataset {function}")
         return dataclasses.replace(config, **values)
     if not recipe_name and not values.keys() & {"arch", "data"}:
         recipe_name = "demo"
@@ -152,7 +159,9 @@ def _parse(name: str, value: Any) -> Any:
 def _free_directory(config: RunConfig) -> Path:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise MfpError("several processes need --output DIRECTORY, so that all of them (and a restart) use the same")
-    name = f"{config.arch.rpartition(':')[2]}-{config.data.partition(':')[0]}"
+    from mfp.train.datasets import short_name
+
+    name = f"{config.arch.rpartition(':')[2]}-{short_name(config.data)}"
     candidates = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10**6))
     return next(path for path in candidates if not path.exists())
 
@@ -170,10 +179,21 @@ def _options() -> Iterator[inspect.Parameter]:
         yield inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=option)
 
 
-def _function(model: str) -> str:
-    if ":" not in model:
-        raise MfpError(f"--model {model}: write package:function (names of networks go to --arch)")
-    return model
+def _function(name: str, option: str = "--model", names: str = "networks go to --arch") -> str:
+    if ":" not in name:
+        raise MfpError(f"{option} {name}: write package:function (names of {names})")
+    return name
+
+
+def _data(data: str | None, dataset: str | None) -> str | None:
+    """What --data or --dataset says, as one specification."""
+    from mfp.train.datasets import OWN
+
+    if dataset and data:
+        raise MfpError(f"--data {data} and --dataset {dataset}: give one of the two")
+    if data and data.startswith(OWN):
+        raise MfpError(f"--data {data}: code of yours is imported only by --dataset package:function")
+    return OWN + _function(dataset, "--dataset", "data sets go to --data") if dataset else data
 
 
 parameters = [
@@ -189,8 +209,11 @@ app.command()(prune)
 
 
 def _print_result(result: dict[str, Any], output: Path, recipe_name: str | None) -> None:
+    from mfp.train.datasets import short_name
+    from mfp.train.recipes import recipe
+
     console = Console(highlight=False)
-    table = Table(title=f"{result['config']['arch']} on {result['config']['data'].partition(':')[0]}")
+    table = Table(title=f"{result['config']['arch']} on {short_name(result['config']['data'])}")
     for column in ("", "dense", "masked", "compact"):
         table.add_column(column, justify="left" if not column else "right")
     networks = [result[name] for name in ("dense", "masked", "compact")]
@@ -198,27 +221,28 @@ def _print_result(result: dict[str, Any], output: Path, recipe_name: str | None)
     def row(title: str, key: str, form: str) -> None:
         table.add_row(title, *(form.format(network[key]) if key in network else "-" for network in networks))
 
-    row("accuracy, % (top-1)", "top1", "{:.2f}")
+    row("test accuracy, % (top-1)", "top1", "{:.2f}")
     if result["masked"]["top5"] < 100:
-        row("accuracy, % (top-5)", "top5", "{:.2f}")
+        row("test accuracy, % (top-5)", "top5", "{:.2f}")
     row("FLOPs (multiply-adds)", "flops", "{:,}")
     row("parameters", "parameters", "{:,}")
     row(f"ms per image (batch {result['timing_batch']})", "milliseconds", "{:.3f}")
     console.print(table)
     dense, compact = result["dense"], result["compact"]
     saved = {key: 1 - compact[key] / dense[key] for key in ("flops", "parameters", "milliseconds")}
+    trained, validation, tested = result["images"]
     lines = [
+        f"images: {trained:,} for training, {validation:,} for validation, {tested:,} for testing",
         "saved: " + ", ".join(f"{100 * share:.1f} % of the {NAMES[key]}" for key, share in saved.items())
         + " (both with BatchNorm folded, in their faster memory format)",
         f"largest difference between masked and compact outputs: {result['difference']:.1e} of the largest output",
         f"criterion chosen at each pruning point: {_runs(result['criteria'])}",
         f"run directory: {output} (the smaller network: {output / 'compact.mfp'})",
     ]  # fmt: skip
-    if recipe_name and recipe_name != "demo":
-        from mfp.train.recipes import recipe
-
-        published = ", ".join(f"{key} {value:g} %" for key, value in recipe(recipe_name).published.items())
-        lines.append(f"published for {recipe_name}: {published} (FPGM, tables 1 and 2)")
+    published = recipe(recipe_name).published if recipe_name else {}
+    if published:
+        numbers = ", ".join(f"{key} {value:g} %" for key, value in published.items())
+        lines.append(f"published for {recipe_name}: {numbers} (FPGM, tables 1 and 2)")
     for line in lines:
         console.print(line, soft_wrap=True)
 
@@ -344,21 +368,23 @@ def _print_times(engine: str, file: Path, masked: Any, arguments: dict, report: 
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="a file of mfp.save, a run directory, or a checkpoint of one")],
-    data: Annotated[str, typer.Option(help="digits, cifar10:PATH or imagenet:PATH")] = "digits",
+    data: Annotated[str | None, typer.Option(help="as for mfp prune; digits if not given")] = None,
+    dataset: Annotated[str | None, typer.Option(help="package:function of yours that returns the data")] = None,
     batch: Annotated[int, typer.Option(help="images at a time")] = 128,
     workers: Annotated[int, typer.Option(help="processes that load images")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     function: Annotated[str | None, typer.Option("--model", help="package:function of the run's network")] = None,
 ) -> None:
-    """Accuracy of a masked or a compact network."""
+    """Accuracy of a masked or a compact network on the test images."""
     import mfp
     from mfp.train.data import load_data
     from mfp.train.distributed import join
     from mfp.train.evaluation import evaluate as measure
     from mfp.train.load import load_network
 
+    spec = _data(data, dataset) or "digits"
     network = load_network(model, _function(function) if function else None)
-    images = load_data(data)
+    images = load_data(spec)
     network.to(join(device).device)
     metrics = measure(network, images.test, batch, workers)
     flops = mfp.flops(network, images.example().to(next(network.parameters()).device))

@@ -115,7 +115,8 @@ def _summary(run: _Run) -> str:
         return "<p>The run is not finished: this page shows what there is so far.</p>"
     kinds = ("dense", "masked", "compact")
     rows = [
-        ("accuracy, top-1 %", "top1", "{:.2f}"), ("accuracy, top-5 %", "top5", "{:.2f}"), ("loss", "loss", "{:.4f}"),
+        ("test accuracy, top-1 %", "top1", "{:.2f}"), ("test accuracy, top-5 %", "top5", "{:.2f}"),
+        ("test loss", "loss", "{:.4f}"),
         ("FLOPs (multiply-adds)", "flops", "{:,}"), ("parameters", "parameters", "{:,}"),
         ("ms per image", "milliseconds", "{:.3f}"),
     ]  # fmt: skip
@@ -136,9 +137,10 @@ def _training(run: _Run) -> str:
     def both(column: str) -> dict[str, Points]:
         return {kind: run.column(kind, column) for kind in ("dense", "pruned")}
 
+    images = "validation images" if run.config.get("validation") else "test images"
     return "<h2>Training</h2>" + _charts([
-        _figure("accuracy on the test images, top-1 %", _lines(both("top1")), ("dense", "pruned")),
-        _figure("loss on the test images", _lines(both("loss")), ("dense", "pruned")),
+        _figure(f"accuracy on the {images}, top-1 %", _lines(both("top1")), ("dense", "pruned")),
+        _figure(f"loss on the {images}", _lines(both("loss")), ("dense", "pruned")),
         _figure("loss in training", _lines(both("train_loss")), ("dense", "pruned")),
         _figure("learning rate", _lines({"rate": run.column("pruned", "lr") or run.column("dense", "lr")})),
     ])  # fmt: skip

@@ -157,6 +157,34 @@ def test_resuming_a_finished_run_gives_the_same(finished, command):
     assert after["masked"] == before["masked"]
 
 
+def test_data_of_ones_own(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = ("--dataset", "train_helpers:few_digits")
+    arguments = ("prune", *TINY, *own, "--batch", 12, "--epochs", 1, "--no-dense", "--validation", 0.25)
+    code, out, err = command(*arguments)
+    assert code == 0, err
+    assert "TinyNet on few_digits" in out and "images: 48 for training, 16 for validation, 20 for testing" in out
+    assert "validation loss" in err and "test loss" not in err
+    directory = Path("runs") / "TinyNet-few_digits"
+    result = json.loads((directory / "result.json").read_text())
+    assert (result["masked"]["images"], result["images"]) == (20, [48, 16, 20])
+    code, out, err = command("evaluate", directory / "compact.mfp", *own)
+    assert code == 0, err
+    assert f"top-1 {result['compact']['top1']:.2f} %" in out and "on 20 images" in out
+    code, _, err = command("prune", "--output", directory, "--resume", "--model", "train_helpers:TinyNet")
+    assert code == 2
+    assert "names a function of yours; it is imported only if you say --dataset train_helpers:few_digits" in err
+    code, _, err = command("prune", "--output", directory, "--resume", "--model", "train_helpers:TinyNet", *own)
+    assert code == 0, err
+    assert json.loads((directory / "result.json").read_text())["digest"] == result["digest"]
+
+
+def test_networks_by_name_take_three_channels(command, tmp_path):
+    code, _, err = command("prune", "--dataset", "train_helpers:few_grey", "--output", tmp_path / "run")
+    assert code == 2
+    assert err.splitlines() == ["error: resnet20 takes images of 3 channels, not 1: give a network of yours by --model"]
+
+
 def test_runs_are_kept_apart(finished, command):
     directory, _ = finished
     code, _, err = command("prune", *TINY, "--output", directory)
@@ -176,7 +204,12 @@ def test_runs_are_kept_apart(finished, command):
         ("prune --arch os:getcwd", "code of yours is imported only by --model package:function"),
         ("prune --model resnet20", "write package:function (names of networks go to --arch)"),
         ("prune --model os.path:nothing", "--model os.path:nothing: cannot find it"),
-        ("prune --data mnist", "unknown data 'mnist'; known are digits, cifar10:PATH, imagenet:PATH"),
+        ("prune --data mnist", "unknown data 'mnist'; known are digits, fashion-mnist:PATH, cifar10:PATH"),
+        ("prune --data dataset:os:getcwd", "code of yours is imported only by --dataset package:function"),
+        ("evaluate nowhere --data dataset:os:getcwd", "code of yours is imported only by --dataset package:function"),
+        ("prune --dataset digits", "--dataset digits: write package:function (names of data sets go to --data)"),
+        ("prune --dataset a:b --data digits", "--data digits and --dataset a:b: give one of the two"),
+        ("prune --validation 1", "--validation must be at least 0 and below 1, not 1.0"),
         ("prune --data cifar10:/nowhere", "no folder /nowhere/cifar-10-batches-py"),
         ("prune --criteria l3", "unknown criterion 'l3': known are l1_norm"),
         ("prune --attribute beauty", "unknown attribute 'beauty': known are weight_energy, sparsity, loss"),
@@ -186,8 +219,8 @@ def test_runs_are_kept_apart(finished, command):
         ("prune --milestones a,b", "--milestones 'a,b': write whole numbers, as 60,120,160"),
         ("prune --layer-rates conv1", "--layer-rates 'conv1': write layer=rate"),
         ("prune --layer-rates convx=0.2", "convx"),
-        ("prune --batch 5000", "--batch 5000 is more than the 1437 images there are to train on"),
-        ("prune --recipe best", "unknown recipe 'best'; known are demo, resnet20-cifar10"),
+        ("prune --batch 5000", "--batch 5000 is more than the 1294 images there are to train on"),
+        ("prune --recipe best", "unknown recipe 'best'; known are demo, resnet20-fashion-mnist, resnet20-cifar10"),
         ("prune --recipe resnet56-cifar10", "--recipe resnet56-cifar10 needs --data cifar10:PATH"),
         ("prune --device tpu", "unknown device 'tpu'"),
         ("prune --per-layer", "per_layer=True needs an attribute without data"),
@@ -287,15 +320,24 @@ def test_every_setting_is_an_option(command):
         assert f"--{name.replace('_', '-')} " in out.replace("\n", " ")
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "demo"])
+@pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name].published])
 def test_recipes_are_settings_with_published_numbers(name):
     recipe = RECIPES[name]
     config = RunConfig(**recipe.settings)
     assert config.arch in name
+    assert config.validation == 0  # they train on all training images
     assert 40 < recipe.published["FLOPs saved"] < 55
     assert config.learning_rate(0, 10) == pytest.approx(0.01 if name.endswith("finetune") else 0.1)
     last = config.learning_rate(10 * config.epochs - 1, 10)
     assert last == pytest.approx(config.lr * config.gamma ** len(config.milestones))
+
+
+def test_the_other_recipes():
+    assert [name for name in RECIPES if not RECIPES[name].published] == ["demo", "resnet20-fashion-mnist"]
+    fashion = RECIPES["resnet20-fashion-mnist"]
+    config = RunConfig(**fashion.settings)
+    assert (config.arch, config.epochs, fashion.data) == ("resnet20", 4, "fashion-mnist:PATH")
+    assert config.validation == RunConfig(**RECIPES["demo"].settings).validation == 0.1
 
 
 def test_the_papers_rates_by_recipe():

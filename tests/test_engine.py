@@ -16,6 +16,7 @@ from mfp.errors import MfpError
 from mfp.train import engine
 from mfp.train.checkpoints import checkpoint_files, digest_of, save_checkpoint
 from mfp.train.config import RunConfig
+from mfp.train.data import load_data
 from mfp.train.engine import Interrupted
 from mfp.train.evaluation import evaluate
 
@@ -91,6 +92,49 @@ def test_cut_at_every_step_and_resumed_to_the_same_bits(tmp_path, data, settings
         assert essence(resumed) != essence(whole) or cut == cuts[-1]
         resumed.fit()
         assert essence(resumed) == essence(whole), cut.name
+
+
+def held_out(directory):
+    """A trainer whose data are read, and split, anew."""
+    data = load_data("dataset:train_helpers:few_digits", validation=0.25)
+    return tiny_trainer(directory, tiny_config(validation=0.25), data)
+
+
+def test_a_resumed_run_holds_out_the_same_images(tmp_path):
+    whole, cut = held_out(tmp_path / "whole"), held_out(tmp_path / "cut")
+    assert whole.data.counts == [48, 16, 20] and whole.steps_per_epoch == 4
+    whole.fit()
+    cut._signal = signal.SIGTERM  # it came before the first step, which is finished
+    with pytest.raises(Interrupted):
+        cut.fit()
+    resumed = held_out(tmp_path / "cut")
+    assert resumed.resume() and (resumed.epoch, resumed.batch) == (0, 1)
+    resumed.fit()
+    assert essence(resumed) == essence(whole)
+
+
+def test_every_epoch_is_evaluated_on_what_was_held_out(tmp_path):
+    trainer = held_out(tmp_path)
+    said = []
+    trainer.reporter.say = said.append
+    trainer.fit()
+    by_view = {name: evaluate(trainer.model, getattr(trainer.data, name)) for name in ("validation", "test", "plain")}
+    assert (
+        trainer.history[-1]["loss"]
+        == by_view["validation"]["loss"]
+        not in (
+            by_view["test"]["loss"],
+            by_view["plain"]["loss"],
+        )
+    )
+    assert "validation loss" in said[-1] and "test" not in said[-1]
+
+
+def test_data_that_changed_since_are_refused(tmp_path):
+    tiny_trainer(tmp_path, tiny_config(epochs=1), tiny_data(48)).fit()
+    wanted = "is of a run on 48 training, 0 validation and 20 test images; there are now 49 training"
+    with pytest.raises(MfpError, match=wanted):
+        tiny_trainer(tmp_path, tiny_config(epochs=1), tiny_data(49)).resume()
 
 
 def test_workers_do_not_change_the_result(tmp_path, data):
@@ -229,6 +273,7 @@ def test_learning_rates():
     [
         ({"rate": 1.0}, "--rate must be at least 0 and below 1, not 1.0"),
         ({"rate": -0.1}, "--rate must be"),
+        ({"validation": 1.0}, "--validation must be at least 0 and below 1, not 1.0"),
         ({"mode": "firm"}, "--mode must be one of soft, hard, asymptotic, cubic, not firm"),
         ({"epochs": 0}, "--epochs must be at least 1, not 0"),
         ({"lr": float("nan")}, "--lr must be above 0, not nan"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 import mfp
 from mfp.structure import _KNOWN, structure_of
@@ -42,9 +43,24 @@ def tiny_data(train: int = 48, test: int = 20, seed: int = 0) -> ImageData:
     data = load_data("digits", seed)
 
     def part(view: SeededDataset, size: int) -> SeededDataset:
-        return SeededDataset(view.source[:size], view.transform, view.seed, view.random)
+        return SeededDataset(Subset(view.source, range(size)), view.transform, view.seed)
 
     return ImageData(part(data.train, train), part(data.plain, train), part(data.test, test), 10, data.image_shape)
+
+
+def few_digits() -> dict:
+    """What `--dataset train_helpers:few_digits` gives."""
+    from torchvision.transforms import v2
+
+    data = load_data("digits")
+    parts = {"train": [data.plain[0, i] for i in range(64)], "test": [data.test[0, i] for i in range(20)]}
+    return {**parts, "num_classes": 10, "augment": v2.RandomCrop(32, padding=4)}
+
+
+def few_grey() -> dict:
+    """Images of one channel, which no network of a known name takes."""
+    images = [(torch.zeros(1, 32, 32), number % 2) for number in range(20)]
+    return {"train": images, "test": images, "num_classes": 2}
 
 
 def tiny_config(**settings) -> RunConfig:

@@ -12,6 +12,7 @@ from typing import Any
 from mfp.criteria import PAPER_CRITERIA
 from mfp.errors import MfpError
 from mfp.plan import RESIDUAL
+from mfp.train.datasets import KNOWN
 
 MODES = ("soft", "hard", "asymptotic", "cubic")
 SCHEDULES = ("cosine", "step", "constant")
@@ -44,7 +45,11 @@ class RunConfig:
 
     arch: str = _option("resnet20", "network: a CIFAR ResNet or any torchvision classification network")
     weights: str | None = _option(None, "start from 'pretrained', 'pretrained:NAME' or a file of weights")
-    data: str = _option("digits", "digits, cifar10:PATH or imagenet:PATH")
+    data: str = _option("digits", KNOWN)
+    validation: float = _option(
+        0.1,
+        "share of the training images to hold out and evaluate every epoch on; 0: none, test images are used instead",
+    )
     download: bool = _option(False, "allow fetching data or pretrained weights that are not here")
 
     rate: float = _option(0.4, "share of the filters of every layer to prune")
@@ -103,6 +108,7 @@ class RunConfig:
             ("mode", MODES), ("schedule", SCHEDULES), ("precision", PRECISIONS), ("residual", RESIDUAL)
         ):  # fmt: skip
             self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        self._check("validation", 0 <= self.validation < 1, "at least 0 and below 1")
         for name in ("epochs", "batch", "accumulate", "interval", "calibration_batches", "channel_multiple"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("workers", "checkpoint_every", "clip", "warmup_epochs", "weight_decay", "momentum"):

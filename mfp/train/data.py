@@ -1,4 +1,4 @@
-"""Images by name: digits, cifar10:PATH, imagenet:PATH. A sample is a pure function of (seed, epoch, index).
+"""Images to train on, to watch training by, and to test. A sample is a pure function of (seed, epoch, index).
 
 Because neither the order nor the augmentation depends on what was drawn before, a run that was killed goes on
 bit for bit, for any number of loading workers, and each rank of a run reads its part of the same batches.
@@ -6,33 +6,39 @@ bit for bit, for any number of loading workers, and each rank of a run reads its
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from mfp.errors import MfpError
-
-CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-DIGITS_STATISTICS = ((0.3047,) * 3, (0.3232,) * 3)
-DIGITS_TEST = 360  # of 1,797; the rest is for training
-KNOWN = "digits, cifar10:PATH, imagenet:PATH"
+from mfp.train.datasets import read_source, targets_of
+from mfp.train.order import derive_seed, epoch_order, hold_out
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set in three views: `train` is augmented, `plain` the same images as they are, `test` others."""
+    """A data set in views: `train` is augmented, `plain` the same images as they are, the others are other images."""
 
     train: SeededDataset
     plain: SeededDataset
     test: SeededDataset
     num_classes: int
     image_shape: tuple[int, int, int]  # channels, height, width
+    validation: SeededDataset | None = None  # held out of the training images
+
+    @property
+    def watched(self) -> SeededDataset:
+        """What each epoch is evaluated on: validation images, or the test images where none are held out."""
+        return self.test if self.validation is None else self.validation
+
+    @property
+    def counts(self) -> list[int]:
+        """How many images there are for training, validation and testing."""
+        return [len(self.train), 0 if self.validation is None else len(self.validation), len(self.test)]
 
     def example(self, batch: int = 1) -> Tensor:  # [batch, C, H, W]
         """A few test images, to trace or time a network with."""
@@ -40,48 +46,35 @@ class ImageData:
 
 
 class SeededDataset(Dataset):
-    """Items of `source` under (epoch, index) keys; the transform draws from a seed made of them."""
+    """Items of `source` under (epoch, index) keys; whatever draws from torch's generator, draws from (seed, key)."""
 
-    def __init__(self, source, transform, seed: int, random: bool = False) -> None:
+    def __init__(self, source: Dataset, transform: Callable[[Any], Tensor], seed: int) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
-        self.random = random
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
-        try:
-            image, target = self.source[index]
-        except OSError as error:  # a damaged or vanished file; PIL's errors are of this kind
-            path = getattr(self.source, "samples", {index: ("image", 0)})[index][0]
-            raise MfpError(f"cannot read {path}: {error}") from error
-        if not self.random:
-            return self.transform(image), target
         generator = torch.default_generator  # torchvision's transforms draw from it
         state = generator.get_state()
         try:
             generator.manual_seed(derive_seed(self.seed, "augment", epoch, index))
+            image, target = self.source[index]
             return self.transform(image), target
+        except OSError as error:  # a damaged or vanished file; PIL's errors are of this kind
+            raise MfpError(f"cannot read {_file_of(self.source, index)}: {error}") from error
         finally:
             generator.set_state(state)
 
 
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on all parts, the same on every machine.
-
-    >>> derive_seed(0, "order", 1) == derive_seed(0, "order", 1) != derive_seed(0, "order", 2)
-    True
-    """
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
-
-
-def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
-    """The order in which an epoch visits the samples: a permutation that depends on (seed, epoch) alone."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-    return torch.randperm(length, generator=generator).tolist()
+def _file_of(source: Dataset, index: int) -> str:
+    while isinstance(source, Subset):
+        source, index = source.dataset, source.indices[index]
+    samples = getattr(source, "samples", None)  # of an ImageFolder
+    return samples[index][0] if samples else f"image {index}"
 
 
 class EpochBatches(Sampler):
@@ -126,101 +119,38 @@ def make_loader(dataset: SeededDataset, batches: Sampler, workers: int = 0, pin:
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin)
 
 
-def load_data(spec: str, seed: int = 0, *, download: bool = False) -> ImageData:
+def load_data(spec: str, seed: int = 0, *, download: bool = False, validation: float = 0.0) -> ImageData:
     """The data set that a specification names.
 
     >>> load_data("digits").image_shape
     (3, 32, 32)
 
     Args:
-        spec: "digits" (in scikit-learn, nothing to fetch), "cifar10:PATH" (PATH holds cifar-10-batches-py) or
-            "imagenet:PATH" (PATH holds train/CLASS/*.jpeg and val/CLASS/*.jpeg, of any classes).
+        spec: "digits" (in scikit-learn, nothing to fetch), "fashion-mnist:PATH" (PATH holds the four idx files, packed
+            or not), "cifar10:PATH" or "cifar100:PATH" (PATH holds cifar-10-batches-py or cifar-100-python),
+            "imagenet:PATH" (PATH holds train/CLASS/*.jpeg and val/CLASS/*.jpeg, of any classes), "folder:PATH" (the
+            same, but a fifth of the images is for testing where there is no val) or "dataset:package:function": a
+            function of yours that is called without arguments and returns a dict of `train` and `test`, data sets of
+            (float tensor [C, H, W], number of the class), `num_classes` and, if wanted, `augment`, a function of a
+            training image. Only the last form imports code.
         seed: of the augmentation.
-        download: whether CIFAR-10 may be fetched into PATH.
+        download: whether Fashion-MNIST or CIFAR may be fetched into PATH.
+        validation: share of the training images, of every class alike, to hold out; the same for every seed.
     Raises:
-        MfpError: unknown name, missing path, damaged files.
+        MfpError: unknown name, missing path, damaged files, too few images for the share.
     """
-    name, separator, path = spec.partition(":")
-    if name == "digits" and not separator:
-        return _digits(seed)
-    if name not in ("cifar10", "imagenet"):
-        raise MfpError(f"unknown data {spec!r}; known are {KNOWN}")
-    if not path:
-        raise MfpError(f"data {spec!r} needs a folder: {name}:PATH")
-    return _cifar10(Path(path), seed, download) if name == "cifar10" else _imagenet(Path(path), seed)
-
-
-def _views(train, test, augment: list, plain: list, statistics, num_classes: int, size: int, seed: int) -> ImageData:
-    from torchvision.transforms import v2
-
-    finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*statistics)]
-    plainly = v2.Compose([*plain, *finish])
+    source = read_source(spec, download)
+    train, held_out = source.train, None
+    if validation:
+        kept, held = hold_out(targets_of(train), validation)
+        if not held:
+            raise MfpError(f"--validation {validation} holds out none of {len(train)} training images: give more, or 0")
+        train, held_out = Subset(train, kept), SeededDataset(Subset(train, held), source.plain, seed)
     return ImageData(
-        train=SeededDataset(train, v2.Compose([*augment, *finish]), seed, random=True),
-        plain=SeededDataset(train, plainly, seed),
-        test=SeededDataset(test, plainly, seed),
-        num_classes=num_classes,
-        image_shape=(3, size, size),
-    )
-
-
-def _digits(seed: int) -> ImageData:
-    """scikit-learn's digits (8x8, 17 grey levels) as 32x32 images in three equal channels, as in CIFAR."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise MfpError("the data 'digits' comes with scikit-learn: pip install 'mfp[train]'") from error
-    from torchvision.transforms import v2
-
-    bunch = load_digits()
-    small = torch.from_numpy(bunch.images / 16).float()[:, None]  # [1797, 1, 8, 8]
-    images = torch.nn.functional.interpolate(small, size=(32, 32), mode="bilinear").expand(-1, 3, -1, -1)
-    targets = bunch.target.tolist()
-    order = epoch_order(len(targets), seed=0, epoch=0)  # the split is the same for every seed of a run
-    parts = [
-        [(images[i], targets[i]) for i in order[DIGITS_TEST:]],
-        [(images[i], targets[i]) for i in order[:DIGITS_TEST]],
-    ]
-    augment = [v2.RandomCrop(32, padding=4)]
-    return _views(*parts, augment, [], DIGITS_STATISTICS, 10, 32, seed)
-
-
-def _cifar10(path: Path, seed: int, download: bool) -> ImageData:
-    from torchvision.datasets import CIFAR10
-    from torchvision.transforms import v2
-
-    if not download and not (path / CIFAR10.base_folder).is_dir():
-        raise MfpError(f"no folder {path / CIFAR10.base_folder}: PATH in cifar10:PATH holds it; --download fetches it")
-    try:
-        train, test = (CIFAR10(path, train=train, download=download) for train in (True, False))
-    except (RuntimeError, OSError) as error:  # torchvision checks every file's md5 before it reads it
-        raise MfpError(f"CIFAR-10 in {path} is incomplete or damaged (its checksums differ): {error}") from error
-    augment = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
-    return _views(train, test, augment, [], CIFAR10_STATISTICS, 10, 32, seed)
-
-
-def _imagenet(path: Path, seed: int) -> ImageData:
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import v2
-
-    for part in ("train", "val"):
-        if not (path / part).is_dir():
-            raise MfpError(f"no folder {path / part}: imagenet:PATH needs PATH/train/CLASS/* and PATH/val/CLASS/*")
-    try:
-        train, test = ImageFolder(path / "train"), ImageFolder(path / "val")
-    except (FileNotFoundError, OSError) as error:
-        raise MfpError(f"{path}: {error}") from error
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise MfpError(f"{path}: train and val have different classes; only in one of them: {', '.join(odd[:5])}")
-    augment = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
-    return _views(
-        train,
-        test,
-        augment,
-        [v2.Resize(256), v2.CenterCrop(224)],
-        IMAGENET_STATISTICS,
-        len(train.classes),
-        224,
-        seed,
+        train=SeededDataset(train, source.augmented, seed),
+        plain=SeededDataset(train, source.plain, seed),
+        test=SeededDataset(source.test, source.plain, seed),
+        num_classes=source.num_classes,
+        image_shape=source.image_shape,
+        validation=held_out,
     )

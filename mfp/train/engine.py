@@ -234,7 +234,7 @@ class Trainer:
         with clock("pruning"):
             record |= self._prune()
         with clock("evaluation"):
-            metrics = evaluate(self.final_model, self.data.test, 128, self.config.workers, self.world)
+            metrics = evaluate(self.final_model, self.data.watched, 128, self.config.workers, self.world)
         record |= {key: metrics[key] for key in ("loss", "top1", "top5")}
         seconds = time.perf_counter() - clock.start
         record |= {
@@ -306,7 +306,8 @@ class Trainer:
 
     def _say(self, record: dict[str, Any]) -> None:
         line = f"epoch {record['epoch'] + 1}/{self.config.epochs}  train loss {record['train_loss']:.4f}"
-        line += f"  test loss {record['loss']:.4f}  accuracy {record['top1']:.2f} %"
+        watched = "test" if self.data.validation is None else "validation"
+        line += f"  {watched} loss {record['loss']:.4f}  accuracy {record['top1']:.2f} %"
         if "criterion" in record:
             line += f"  pruned by {record['criterion']}  churn {record['churn']:.2f}"
         shares = [
@@ -339,6 +340,7 @@ class Trainer:
             "config": self.config.identity(),
             "num_classes": self.data.num_classes,
             "image_shape": self.data.image_shape,
+            "images": self.data.counts,
             "kind": "pruned" if self.pruner else "dense",
             "epoch": self.epoch,
             "batch": self.batch,
@@ -355,6 +357,10 @@ class Trainer:
     def load_state(self, state: dict[str, Any], source: str) -> None:
         """Goes back to a state; refuses one of another run."""
         self.config.require_same(state["config"], source)
+        if state["images"] != self.data.counts:
+            counts = "{} training, {} validation and {} test images"
+            there, here = (counts.format(*images) for images in (state["images"], self.data.counts))
+            raise MfpError(f"{source} is of a run on {there}; there are now {here}: go on with the data it began with")
         self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
         self.totals.copy_(state["totals"])
         self.model.load_state_dict(state["model"])

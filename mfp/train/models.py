@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import os
-import sys
 import warnings
 from functools import cache
 from pathlib import Path
@@ -15,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfp.errors import MfpError
+from mfp.train.own import users_function
 
 CIFAR_DEPTHS = {"resnet20": 20, "resnet32": 32, "resnet56": 56, "resnet110": 110}
 
@@ -135,16 +133,7 @@ def _construct(arch: str, num_classes: int) -> nn.Module:
 
 
 def _users_own(arch: str, num_classes: int) -> nn.Module:
-    package, _, function = arch.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        build = getattr(importlib.import_module(package), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise MfpError(
-            f"--model {arch}: cannot find it ({error}); write package:function, importable from here"
-        ) from error
-    model = build(num_classes=num_classes)
+    model = users_function("--model", arch)(num_classes=num_classes)
     if not isinstance(model, nn.Module):
         raise MfpError(f"--model {arch}: returned a {type(model).__name__}, not a torch.nn.Module")
     return model

@@ -1,4 +1,4 @@
-"""Settings by name: the demonstration, and the papers' with the numbers that they published.
+"""Settings by name: the demonstrations, and the papers' with the numbers that they published.
 
 Sources: He et al., "Filter Pruning via Geometric Median", CVPR 2019 (tables 1 and 2), whose training settings MFP
 (arXiv 1904.03961) shares. Nothing here was measured by us.
@@ -14,12 +14,12 @@ from mfp.errors import MfpError
 CIFAR10 = {
     "epochs": 200, "batch": 128, "momentum": 0.9, "weight_decay": 5e-4,
     "schedule": "step", "milestones": (60, 120, 160), "gamma": 0.2, "rate": 0.4, "mask_bn": False, "workers": 4,
-    "settle": 0.0, "clip": 0.0,
+    "settle": 0.0, "clip": 0.0, "validation": 0.0,
 }  # fmt: skip
 ILSVRC2012 = {
     "epochs": 100, "batch": 256, "momentum": 0.9, "weight_decay": 1e-4,
     "schedule": "step", "milestones": (30, 60, 90), "gamma": 0.1, "rate": 0.3, "mask_bn": False,
-    "workers": 8, "dense": False, "settle": 0.0, "clip": 0.0,
+    "workers": 8, "dense": False, "settle": 0.0, "clip": 0.0, "validation": 0.0,
 }  # fmt: skip
 
 
@@ -34,7 +34,10 @@ class Recipe:
 
 def _recipes() -> dict[str, Recipe]:
     # option A's shortcuts have no weights, so that coupling loses nothing there: the residual stream gets narrower
-    recipes = {"demo": Recipe({"residual": "coupled"}, "digits", {})}
+    recipes = {
+        "demo": Recipe({"residual": "coupled"}, "digits", {}),
+        "resnet20-fashion-mnist": Recipe({"residual": "coupled", "epochs": 4}, "fashion-mnist:PATH", {}),
+    }
     flops_saved = {"resnet20": 54.0, "resnet32": 53.2, "resnet56": 52.6, "resnet110": 52.3}
     accuracy = {
         "resnet56": {"dense top-1": 93.59, "top-1": 92.93},

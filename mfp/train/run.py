@@ -52,7 +52,7 @@ def run(
         found = RunConfig.from_json(stored.read_text(), str(stored))
         config = dataclasses.replace(config, rate=found.rate, channel_multiple=found.channel_multiple)
     check_directory(config, directory, resume)
-    data = load_data(config.data, config.seed, download=config.download)
+    data = load_data(config.data, config.seed, download=config.download, validation=config.validation)
     # all that can be wrong with the settings is found before anything is trained or written
     model = make_network(config, data, world)
     if config.targets and not stored.exists():
@@ -91,6 +91,9 @@ def check_directory(config: RunConfig, directory: Path, resume: bool) -> None:
 
 def make_network(config: RunConfig, data: ImageData, world: World) -> nn.Module:
     """The network in its starting state, the same on every rank."""
+    channels = data.image_shape[0]
+    if channels != 3 and ":" not in config.arch:
+        raise MfpError(f"{config.arch} takes images of 3 channels, not {channels}: give a network of yours by --model")
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = build_model(config.arch, data.num_classes, config.weights, download=config.download)
     model.to(world.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
@@ -173,6 +176,7 @@ def _finish(
         "config": dataclasses.asdict(config),
         "difference": difference,
         "digest": digest_of(masked.state_dict()),
+        "images": data.counts,  # for training, validation and testing
     }
     for name, network in networks.items():
         trained = name != "dense" or config.dense
