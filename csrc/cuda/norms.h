@@ -77,7 +77,7 @@ __device__ inline double row_taylor(const ScoredLayer& layer, int64_t row, int l
   if (floats && layer.aligned && reinterpret_cast<uintptr_t>(layer.gradients) % 16 == 0) {
     const float4* weights = reinterpret_cast<const float4*>(static_cast<const float*>(layer.weights) + begin);
     const float4* gradients = reinterpret_cast<const float4*>(static_cast<const float*>(layer.gradients) + begin);
-#pragma unroll 4
+#pragma unroll 2
     for (int64_t k = lane; k < layer.filter_size / 4; k += 32) {
       const float4 w = weights[k], g = gradients[k];
       add(w.x, g.x);
@@ -86,7 +86,7 @@ __device__ inline double row_taylor(const ScoredLayer& layer, int64_t row, int l
       add(w.w, g.w);
     }
   } else {
-#pragma unroll 4
+#pragma unroll 2
     for (int64_t k = lane; k < layer.filter_size; k += 32) {
       add(load_as_float(layer.weights, layer.dtype, begin + k),
           load_as_float(layer.gradients, layer.gradient_dtype, begin + k));
