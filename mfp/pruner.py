@@ -214,9 +214,8 @@ class FilterPruner:
         factor = schedule.rate_factor(self.mode, epoch, self.epochs)
         plan = self.plan if factor == 1.0 else self.plan.scaled(factor)
         if len(self.criteria) == 1:
-            mask = prune_filters_(
-                plan, self.criteria[0], mask_bn=self.mask_bn, calibration=self.calibration, loss=self.loss
-            )
+            data = {"calibration": self.calibration, "loss": self.loss}
+            mask = prune_filters_(plan, self.criteria[0], mask_bn=self.mask_bn, **data)
             choice = _Choice(self.criteria[0], mask, None, None, {})
         else:
             choice = self._choose(plan)
@@ -258,8 +257,8 @@ class FilterPruner:
         Args:
             plan: the pruner's own, or one made from it.
         """
-        criteria = (*self.criteria, *more)
-        return score_filters(plan or self.plan, criteria, calibration=self.calibration, loss=self.loss)
+        asked = (*self.criteria, *more)
+        return score_filters(plan or self.plan, asked, calibration=self.calibration, loss=self.loss)
 
     def _choose(self, plan: FilterPlan) -> _Choice:
         needed = [c for c in attributes.NEEDED_SCORES.values() if c not in self.criteria]

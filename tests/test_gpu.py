@@ -82,14 +82,17 @@ def resnet_like():
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("chosen", range(len(PAPER)))
+@pytest.mark.parametrize("chosen", range(len(ALL)))
 def test_pruning_is_that_of_the_reference(name, chosen):
     weights = resnet_like()
     num_pruned = [int(0.4 * len(weight)) for weight in weights]
     results = []
     for which in (name, "reference"):
         own, follower = on_gpu(weights), torch.ones(256, 3, device="cuda")
-        scores, keep = ops.prune_filters_(own, [follower], [1], num_pruned, *split(PAPER), chosen, backend=which)
+        kinds, exponents, gradients = asked(own, ALL)
+        scores, keep = ops.prune_filters_(
+            own, [follower], [1], num_pruned, kinds, exponents, chosen, gradients, backend=which
+        )
         results.append([keep, *own, follower, scores])
     for ours, theirs in zip(results[0][:-1], results[1][:-1], strict=True):
         assert torch.equal(ours, theirs)
