@@ -1,4 +1,4 @@
-"""Scoring: every criterion alone, and the paper's five in one call."""
+"""Scoring: every criterion alone, the paper's five in one call, and weights times gradients."""
 
 import pytest
 
@@ -12,3 +12,7 @@ def test_one_criterion(jobs, measure, criterion):
 
 def test_five_criteria(jobs, measure):
     measure(jobs.scoring(mfp.PAPER_CRITERIA, []).contestants[0])
+
+
+def test_weights_times_gradients(jobs, measure):
+    measure(jobs.gradients().contestants[0])

@@ -2,7 +2,7 @@
 
 One program a tile of pairs. A tile stores its sums in slots of its own; the tile of a layer that arrives last adds the
 slots in a fixed order, so that the scores of all layers take one launch and have the same bits every time. General
-exponents take a second launch, selection a third, zeroing a fourth.
+exponents take a second launch, gradients a third, selection a fourth, zeroing a fifth.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mfp.kernels.pairs import (
 )
 from mfp.kernels.table import DTYPES, upload
 
-_NORM, _DISTANCE, _COSINE, _HYBRID = range(4)
+_NORM, _DISTANCE, _COSINE, _HYBRID, _TAYLOR = range(5)
 _L1_NORM, _L2_NORM, _L1, _L2, _COS, _HYB = range(6)  # rows of the direct kernel's result
 _BLOCK = 32  # filters along each side of a tile
 _DEPTH = 8
 _SPAN = 64
 _WARPS = 8
-_FIELDS = 8
+_FIELDS = 10
 _ROWS = 64  # filters that are ranked at a time
 
 
@@ -186,6 +186,24 @@ def _power_kernel(
             tl.store(scores + total_filters + offset + row, total.to(tl.float32), mask=row < filters)
 
 
+@triton.jit
+def _taylor_kernel(
+    layers, items, counters, partial, scores, BLOCK: tl.constexpr, DEPTH: tl.constexpr, FIELDS: tl.constexpr
+):
+    """The sum of weight times gradient, squared, of the rows of a tile on the diagonal; in float64, for it cancels."""
+    layer, _, _, rows, _, _ = _tile(layers, items, BLOCK, FIELDS)
+    address, filters, size, dtype = tl.load(layer), tl.load(layer + 1), tl.load(layer + 2), tl.load(layer + 3)
+    offset, gradients, gradient_dtype = tl.load(layer + 4), tl.load(layer + 8), tl.load(layer + 9)
+    STEP: tl.constexpr = 8 * DEPTH
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, size, STEP):
+        k = first + tl.arange(0, STEP)
+        weight = load_rows(address, rows, filters, k, size, dtype).to(tl.float64)
+        gradient = load_rows(gradients, rows, filters, k, size, gradient_dtype).to(tl.float64)
+        total += tl.sum(weight * gradient, 1)
+    tl.store(scores + offset + rows, (total * total).to(tl.float32), mask=rows < filters)
+
+
 @triton.jit(do_not_specialize=["first_score"])
 def _select_kernel(scores, first_score, layers, items, bad, keep, ROWS: tl.constexpr):
     """keep = False for the lowest scores of each layer, the lower index first among equals; all True if any is bad."""
@@ -208,18 +226,18 @@ def _select_kernel(scores, first_score, layers, items, bad, keep, ROWS: tl.const
 class _Layers:
     """The tables of a call: one row a layer, and one item a tile (only the diagonal ones for norms alone)."""
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
+    def __init__(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         self.device = weights[0].device
         self.table, self._tiles = [], []
         self.filters = self.slots = 0
-        for weight in weights:
+        for weight, gradient in zip(weights, gradients or weights, strict=True):
             filters = len(weight)
             tiles = triton.cdiv(filters, _BLOCK)
             size = weight.numel() // max(filters, 1)
             triangle = tiles * (tiles + 1) // 2
-            self.table.append(
-                (weight.data_ptr(), filters, size, DTYPES[weight.dtype], self.filters, self.slots, triangle, tiles)
-            )
+            sizes = (self.filters, self.slots, triangle, tiles)
+            pointers = (gradient.data_ptr(), DTYPES[gradient.dtype])
+            self.table.append((weight.data_ptr(), filters, size, DTYPES[weight.dtype], *sizes, *pointers))
             self._tiles.append(tiles)
             self.filters += filters
             self.slots += tiles * tiles * _BLOCK
@@ -248,9 +266,11 @@ class _Layers:
         return scores
 
 
-def score_filters(weights: Sequence[Tensor], kinds: Sequence[int], exponents: Sequence[float]) -> Tensor:
+def score_filters(
+    weights: Sequence[Tensor], kinds: Sequence[int], exponents: Sequence[float], gradients: Sequence[Tensor] = ()
+) -> Tensor:
     """Scores of all filters of all layers, ``[len(kinds), F]`` float32; arguments as in ``mfp.ops.score_filters``."""
-    layers = _Layers(weights)
+    layers = _Layers(weights, gradients)
     asked = list(zip(kinds, exponents, strict=True))
     l1 = (_DISTANCE, 1.0) in asked
     cosine = any(kind in (_COSINE, _HYBRID) for kind, _ in asked)
@@ -264,6 +284,8 @@ def score_filters(weights: Sequence[Tensor], kinds: Sequence[int], exponents: Se
     for kind, exponent in asked:
         if kind in (_COSINE, _HYBRID):
             rows.append(direct[_COS if kind == _COSINE else _HYB])
+        elif kind == _TAYLOR:
+            rows.append(layers.launch(_taylor_kernel, 1, 0, False)[0])
         elif (kind, exponent) in fixed:
             rows.append(direct[fixed[kind, exponent]])
         else:
@@ -275,10 +297,10 @@ def score_filters(weights: Sequence[Tensor], kinds: Sequence[int], exponents: Se
 
 def prune_filters_(
     weights: Sequence[Tensor], followers: Sequence[Tensor], follower_layers: Sequence[int], num_pruned: Sequence[int],
-    kinds: Sequence[int], exponents: Sequence[float], chosen: int,
+    kinds: Sequence[int], exponents: Sequence[float], chosen: int, gradients: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scores, selection and zeroing without the host; arguments as in ``mfp.ops.prune_filters_``."""
-    scores = score_filters(weights, kinds, exponents)
+    scores = score_filters(weights, kinds, exponents, gradients)
     bad = ~scores.isfinite().all()
     counts = [len(weight) for weight in weights]
     offsets = [sum(counts[:layer]) for layer in range(len(counts))]

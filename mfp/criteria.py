@@ -1,6 +1,7 @@
 """The criteria as data: a name, a family, a formula, and the code by which the kernels know them.
 
-One score per filter; the filters with the lowest scores are pruned. w_j is filter j of a layer, seen as K numbers.
+One score per filter; the filters with the lowest scores are pruned. w_j is filter j of a layer, seen as K numbers; g_j
+is the gradient of the loss for it, gamma_j the scale of the BatchNorm that follows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class Kind(enum.IntEnum):
     DISTANCE = 1
     COSINE_DISTANCE = 2
     WEIGHTED_HYBRID = 3
+    TAYLOR = 4
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,21 @@ class Criterion:
         kind: what the kernels compute.
         exponent: p of the p-norm or of the Minkowski distance; 2 where the formula has no p.
         formula: the score of filter j.
+        source: what is scored: ``"weights"``; ``"gradients"``, the weights and their gradients on calibration batches;
+            ``"batchnorm"``, the scales of the BatchNorms that follow.
     """
 
     name: str
     kind: Kind
     exponent: float
     formula: str
+    source: str = "weights"
 
     @property
     def family(self) -> str:
-        """``"magnitude"`` (of the filter alone) or ``"relation"`` (to the other filters of its layer)."""
+        """``"magnitude"`` (of the filter alone), ``"relation"`` (to the others of its layer), or its other source."""
+        if self.source != "weights":
+            return self.source
         return "magnitude" if self.kind is Kind.NORM else "relation"
 
 
@@ -53,6 +60,8 @@ NAMED = {
         Criterion("l2_distance", Kind.DISTANCE, 2.0, "sum_i sqrt(sum_k (w_jk - w_ik)^2)"),
         Criterion("cosine_distance", Kind.COSINE_DISTANCE, 2.0, "sum_i 1 - cos(w_j, w_i)"),
         Criterion("weighted_hybrid", Kind.WEIGHTED_HYBRID, 2.0, "|w_j| sum_{i != j} |w_i| (1 - |cos(w_j, w_i)|)"),
+        Criterion("taylor", Kind.TAYLOR, 2.0, "(sum_k w_jk g_jk)^2", "gradients"),  # arXiv 1906.10771
+        Criterion("bn_scale", Kind.NORM, 1.0, "|gamma_j|", "batchnorm"),  # arXiv 1708.06519
     )
 }
 
@@ -65,7 +74,7 @@ _GENERAL = re.compile(r"l(\d+(?:\.\d+)?)_(norm|distance)")
 def criterion(name: str | Criterion) -> Criterion:
     """Look a criterion up by its name.
 
-    Besides the six named ones, ``l{p}_norm`` and ``l{p}_distance`` exist for any real p >= 1.
+    Besides the named ones, ``l{p}_norm`` and ``l{p}_distance`` exist for any real p >= 1.
 
     >>> criterion("l2_distance").family
     'relation'

@@ -19,10 +19,10 @@ from mfp import reference
 from mfp.errors import MfpError
 
 _SCHEMAS = """
-score_filters(Tensor[] weights, int[] kinds, float[] exponents) -> Tensor
+score_filters(Tensor[] weights, int[] kinds, float[] exponents, Tensor[] gradients) -> Tensor
 mask_filters_(Tensor(a!)[] tensors, Tensor keep, int[] offsets, int[] rows) -> ()
 prune_filters_(Tensor(a!)[] weights, Tensor(b!)[] followers, int[] follower_layers, int[] num_pruned, int[] kinds, \
-float[] exponents, int chosen) -> (Tensor, Tensor)
+float[] exponents, int chosen, Tensor[] gradients) -> (Tensor, Tensor)
 masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor? keep, int[] offsets, \
 int[] rows, float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, \
 bool first_step) -> ()
@@ -44,7 +44,7 @@ for _schema in _SCHEMAS.strip().splitlines():
 
 
 @torch.library.register_fake("mfp::score_filters", lib=_library)
-def _(weights, kinds, exponents):
+def _(weights, kinds, exponents, gradients):
     return weights[0].new_empty((len(kinds), sum(len(weight) for weight in weights)), dtype=torch.float32)
 
 
@@ -54,7 +54,7 @@ def _(tensors, keep, offsets, rows):
 
 
 @torch.library.register_fake("mfp::prune_filters_", lib=_library)
-def _(weights, followers, follower_layers, num_pruned, kinds, exponents, chosen):
+def _(weights, followers, follower_layers, num_pruned, kinds, exponents, chosen, gradients):
     filters = sum(len(weight) for weight in weights)
     scores = weights[0].new_empty((len(kinds), filters), dtype=torch.float32)
     return scores, weights[0].new_empty((filters,), dtype=torch.bool)
@@ -75,6 +75,7 @@ def _(*arguments):
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+TAYLOR = 4  # the kind of criterion that is computed from gradients, too
 
 
 def is_row_dense(tensor: Tensor) -> bool:
@@ -113,8 +114,26 @@ def _check_criteria(op: str, kinds: Sequence[int], exponents: Sequence[float]) -
     if not kinds or len(kinds) != len(exponents):
         raise MfpError(f"{op}: expected at least one kind and as many exponents, got {len(kinds)} and {len(exponents)}")
     for kind, exponent in zip(kinds, exponents, strict=True):
-        if not 0 <= kind <= 3 or not 1.0 <= exponent < float("inf"):
-            raise MfpError(f"{op}: kind must be 0..3 and the exponent a finite number >= 1, got {kind} and {exponent}")
+        if not 0 <= kind <= TAYLOR or not 1.0 <= exponent < float("inf"):
+            raise MfpError(f"{op}: kind must be 0..4 and the exponent a finite number >= 1, got {kind} and {exponent}")
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def _check_gradients(op: str, weights: Sequence[Tensor], kinds: Sequence[int], gradients: Sequence[Tensor]) -> None:
+    if not gradients and TAYLOR not in kinds:
+        return
+    if len(gradients) != len(weights):
+        raise MfpError(f"{op}: kind {TAYLOR} needs one gradient a weight, got {len(gradients)} for {len(weights)}")
+    _check_tensors(op, "gradients", gradients, weights[0].device)
+    for index, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
+        if gradient.shape != weight.shape or _strides(gradient) != _strides(weight):
+            raise MfpError(
+                f"{op}: gradients[{index}] has shape {tuple(gradient.shape)} and strides {gradient.stride()}; expected "
+                f"those of its weight, {tuple(weight.shape)} and {weight.stride()}"
+            )
 
 
 def _module(device: torch.device, backend: str | None) -> ModuleType:
@@ -131,7 +150,11 @@ def _module(device: torch.device, backend: str | None) -> ModuleType:
 
 @torch.no_grad()
 def score_filters(
-    weights: Sequence[Tensor], kinds: Sequence[int], exponents: Sequence[float], backend: str | None = None
+    weights: Sequence[Tensor],
+    kinds: Sequence[int],
+    exponents: Sequence[float],
+    gradients: Sequence[Tensor] = (),
+    backend: str | None = None,
 ) -> Tensor:
     """Scores of all filters of all layers, ``[len(kinds), F]`` in float32.
 
@@ -139,13 +162,15 @@ def score_filters(
         weights: conv weights ``[N, ...]``, one a layer.
         kinds: values of :class:`mfp.criteria.Kind`.
         exponents: p for each kind.
+        gradients: one a weight, of its shape and strides, in any of the dtypes; none where no kind needs them.
         backend: forces one of :func:`mfp.backend.backends`.
     """
     if not weights:
         raise MfpError("score_filters: no weights")
     _check_tensors("score_filters", "weights", weights, weights[0].device)
     _check_criteria("score_filters", kinds, exponents)
-    return _module(weights[0].device, backend).score_filters(weights, kinds, exponents)
+    _check_gradients("score_filters", weights, kinds, gradients)
+    return _module(weights[0].device, backend).score_filters(weights, kinds, exponents, gradients)
 
 
 def mask_filters_(
@@ -183,6 +208,7 @@ def prune_filters_(
     kinds: Sequence[int],
     exponents: Sequence[float],
     chosen: int,
+    gradients: Sequence[Tensor] = (),
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score, select and zero in one op; nothing is zeroed when a score is not finite.
@@ -193,6 +219,7 @@ def prune_filters_(
         num_pruned: filters to prune in each layer.
         kinds, exponents: the criteria to score.
         chosen: which of them selects.
+        gradients: as for :func:`score_filters`.
 
     Returns:
         scores ``[len(kinds), F]`` float32 and keep ``[F]`` bool.
@@ -203,6 +230,7 @@ def prune_filters_(
     _check_tensors("prune_filters_", "weights", weights, device)
     _check_tensors("prune_filters_", "followers", followers, device)
     _check_criteria("prune_filters_", kinds, exponents)
+    _check_gradients("prune_filters_", weights, kinds, gradients)
     if not 0 <= chosen < len(kinds):
         raise MfpError(f"prune_filters_: chosen must be an index into {len(kinds)} criteria, got {chosen}")
     for index, (weight, count) in enumerate(zip(weights, num_pruned, strict=True)):
@@ -212,7 +240,7 @@ def prune_filters_(
         if not 0 <= layer < len(weights) or len(tensor) % len(weights[layer]):
             raise MfpError(f"prune_filters_: followers[{index}] {tuple(tensor.shape)} does not fit layer {layer}")
     return _module(device, backend).prune_filters_(
-        weights, followers, follower_layers, num_pruned, kinds, exponents, chosen
+        weights, followers, follower_layers, num_pruned, kinds, exponents, chosen, gradients
     )
 
 

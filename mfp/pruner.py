@@ -15,10 +15,11 @@ from mfp.attributes import Batches, recalibrate_batchnorm
 from mfp.criteria import PAPER_CRITERIA
 from mfp.errors import MfpError
 from mfp.example import FirstBatch
+from mfp.gradients import Loss
 from mfp.mask import FilterMask
 from mfp.neighbours import trying
 from mfp.plan import FilterPlan, check_plan_arguments, unwrap
-from mfp.scores import FilterScores, check_criteria, score_filters
+from mfp.scores import FilterScores, batchnorm_scales, check_calibration, check_criteria, score_filters
 from mfp.selection import prune_filters_, select_filters
 from mfp.sleep import Sleepers
 from mfp.structure import takes_images
@@ -81,10 +82,14 @@ class FilterPruner:
     Args:
         model: the network; DistributedDataParallel and torch.compile wrappers are looked through.
         rate: share of filters pruned per layer, in [0, 1).
-        criteria: candidates; with one, nothing is tried out.
+        criteria: candidates; with one, nothing is tried out. ``taylor`` is measured on the calibration batches at each
+            pruning point, without a trace; where filters are pruned softly, those that were zero compete again with
+            what training has made of them since.
         attribute: ``weight_energy`` or ``sparsity`` (no data), ``loss``, ``top1_error``, ``top5_error`` (measured on
             the calibration batches), or a callable ``model -> float``.
         calibration: ``[(inputs, targets), ...]``, the same batches for all candidates.
+        loss: what ``taylor`` takes gradients of, ``(outputs, targets) -> scalar``, an average over the samples;
+            cross-entropy for None.
         mode: ``soft`` (pruned filters learn on), ``hard`` (the first choice holds; gradients are masked),
             ``asymptotic`` or ``cubic`` (soft, with a growing rate).
         interval: prune every so many epochs, and after the last.
@@ -111,6 +116,7 @@ class FilterPruner:
         criteria: Sequence[str] = PAPER_CRITERIA,
         attribute: str | Callable[[nn.Module], float] = "weight_energy",
         calibration: Batches | None = None,
+        loss: Loss | None = None,
         mode: str = "soft",
         interval: int = 1,
         epochs: int | None = None,
@@ -124,8 +130,10 @@ class FilterPruner:
         recalibrate: bool = False,
     ) -> None:
         self.model = unwrap(model)
-        self.criteria = tuple(c.name for c in check_criteria(criteria))
+        known = check_criteria(criteria)
+        self.criteria = tuple(c.name for c in known)
         calibration = list(calibration) if calibration is not None else None
+        check_calibration(known, calibration)
         attributes.check(attribute, calibration)
         schedule.check(mode, interval, epochs)
         if per_layer and attribute not in attributes.WITHOUT_DATA:
@@ -135,7 +143,7 @@ class FilterPruner:
             )
         if recalibrate and not calibration:
             raise MfpError("recalibrate=True needs calibration batches")
-        self.attribute, self.calibration = attribute, calibration
+        self.attribute, self.calibration, self.loss = attribute, calibration, loss
         self.mode, self.interval, self.epochs = mode, interval, epochs
         self.mask_bn, self.per_layer, self.recalibrate = mask_bn, per_layer, recalibrate
         check_plan_arguments(rate, skip, layer_rates or {}, channel_multiple, residual)
@@ -156,7 +164,10 @@ class FilterPruner:
         self.decisions: list[Decision] = []
 
     def _make_plan(self, example_input: Any) -> None:
-        self._plan = FilterPlan.from_model(self.model, example_input=example_input, **self._plan_arguments)
+        plan = FilterPlan.from_model(self.model, example_input=example_input, **self._plan_arguments)
+        if "bn_scale" in self.criteria:
+            batchnorm_scales(plan)  # raises where a layer has none
+        self._plan = plan
         self._sleepers = Sleepers(self._plan)
 
     @property
@@ -203,7 +214,8 @@ class FilterPruner:
         factor = schedule.rate_factor(self.mode, epoch, self.epochs)
         plan = self.plan if factor == 1.0 else self.plan.scaled(factor)
         if len(self.criteria) == 1:
-            mask = prune_filters_(plan, self.criteria[0], mask_bn=self.mask_bn)
+            data = {"calibration": self.calibration, "loss": self.loss}
+            mask = prune_filters_(plan, self.criteria[0], mask_bn=self.mask_bn, **data)
             choice = _Choice(self.criteria[0], mask, None, None, {})
         else:
             choice = self._choose(plan)
@@ -239,9 +251,18 @@ class FilterPruner:
         if self.mode == "hard" and self.mask is not None:
             self.mask.apply_to_gradients_(self.mask_bn)
 
+    def score(self, plan: FilterPlan | None = None, more: Sequence[str] = ()) -> FilterScores:
+        """Scores of all filters as they are now by every candidate, and by ``more`` criteria; all processes take part.
+
+        Args:
+            plan: the pruner's own, or one made from it.
+        """
+        asked = (*self.criteria, *more)
+        return score_filters(plan or self.plan, asked, calibration=self.calibration, loss=self.loss)
+
     def _choose(self, plan: FilterPlan) -> _Choice:
         needed = [c for c in attributes.NEEDED_SCORES.values() if c not in self.criteria]
-        scores = score_filters(plan, (*self.criteria, *needed))
+        scores = self.score(plan, needed)
         masks = {criterion: select_filters(scores, criterion) for criterion in self.criteria}
         if self.per_layer:
             return self._choose_per_layer(scores, masks)

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_NORM, _DISTANCE, _COSINE_DISTANCE, _WEIGHTED_HYBRID = range(4)
+_NORM, _DISTANCE, _COSINE_DISTANCE, _WEIGHTED_HYBRID, _TAYLOR = range(5)
 
 
-def score_layer(weight: Tensor, kind: int, exponent: float, dtype: torch.dtype = torch.float64) -> Tensor:
+def score_layer(
+    weight: Tensor, kind: int, exponent: float, dtype: torch.dtype = torch.float64, gradient: Tensor | None = None
+) -> Tensor:
     """Scores of one layer's filters.
 
     Args:
@@ -23,6 +25,7 @@ def score_layer(weight: Tensor, kind: int, exponent: float, dtype: torch.dtype =
         kind: a value of :class:`mfp.criteria.Kind`.
         exponent: p of norms and distances.
         dtype: in which to compute.
+        gradient: of the weight; for the kind that needs it.
 
     Returns:
         ``[N]`` in ``dtype``.
@@ -30,6 +33,8 @@ def score_layer(weight: Tensor, kind: int, exponent: float, dtype: torch.dtype =
     filters = weight.detach().to(dtype).flatten(1)  # [N, K]
     if kind == _NORM:
         return torch.linalg.vector_norm(filters, exponent, dim=1)
+    if kind == _TAYLOR:
+        return (filters * gradient.detach().to(dtype).flatten(1)).sum(1).square()
     # One filter against all at a time: [N, K] of memory, never [N, N, K], and differences that do not cancel.
     return torch.stack([relation_score(filters, j, kind, exponent) for j in range(len(filters))])
 
@@ -58,12 +63,14 @@ def score_filters(
     weights: Sequence[Tensor],
     kinds: Sequence[int],
     exponents: Sequence[float],
+    gradients: Sequence[Tensor] = (),
     dtype: torch.dtype = torch.float64,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The op ``mfp::score_filters``: ``[len(kinds), F]``, layers one after the other."""
+    layers = list(zip(weights, gradients or [None] * len(weights), strict=True))
     rows = [
-        torch.cat([score_layer(weight, kind, exponent, dtype) for weight in weights])
+        torch.cat([score_layer(weight, kind, exponent, dtype, gradient) for weight, gradient in layers])
         for kind, exponent in zip(kinds, exponents, strict=True)
     ]
     return torch.stack(rows).to(out_dtype)
@@ -94,9 +101,10 @@ def prune_filters_(
     kinds: Sequence[int],
     exponents: Sequence[float],
     chosen: int,
+    gradients: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """The op ``mfp::prune_filters_``: scores of all kinds, selection by the chosen one, zeroing."""
-    scores = score_filters(weights, kinds, exponents)
+    scores = score_filters(weights, kinds, exponents, gradients)
     counts = [len(weight) for weight in weights]
     if not scores.isfinite().all():
         return scores, torch.ones(sum(counts), dtype=torch.bool, device=scores.device)

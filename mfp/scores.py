@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mfp import criteria as _criteria
 from mfp import ops
+from mfp.attributes import Batches
 from mfp.criteria import PAPER_CRITERIA, Criterion
 from mfp.errors import MfpError
+from mfp.gradients import Loss, weight_gradients
 from mfp.plan import FilterPlan
 
 
@@ -35,28 +37,94 @@ class FilterScores(Mapping[str, Tensor]):
 
 
 def score_filters(
-    plan: FilterPlan, criteria: Sequence[str | Criterion] = PAPER_CRITERIA, backend: str | None = None
+    plan: FilterPlan,
+    criteria: Sequence[str | Criterion] = PAPER_CRITERIA,
+    backend: str | None = None,
+    *,
+    calibration: Batches | None = None,
+    loss: Loss | None = None,
 ) -> FilterScores:
     """Score every filter of every layer by every criterion, in one call.
 
     >>> scores = mfp.score_filters(plan, criteria=("l1_norm", "l2_distance"))
     >>> scores["l2_distance"].shape    # F filters, in plan order
     torch.Size([784])
+    >>> scores = mfp.score_filters(plan, ("taylor",), calibration=[(images, targets)])
+
+    ``taylor`` is the square of what the calibration loss loses, to first order, when the filter becomes zero (Molchanov
+    et al., arXiv 1906.10771, for a whole filter): (sum_k w_k g_k)^2, with the gradient g of the mean loss over all
+    calibration samples, measured in evaluation mode and without a trace (:func:`mfp.gradients.weight_gradients`).
+    ``bn_scale`` is |gamma| of the BatchNorm that follows the layer (Liu et al., arXiv 1708.06519).
+
+    A filter that is zero has ``taylor`` 0, and ``bn_scale`` 0 if its BatchNorm was zeroed with it: as with a norm, it
+    is the first to go until training has moved it.
 
     Args:
         plan: which layers.
         criteria: names; fewer cost less.
         backend: forces ``cpu``, ``cuda``, ``triton`` or ``reference``.
+        calibration: ``[(inputs, targets), ...]``; needed by ``taylor``, and by nothing else.
+        loss: ``(outputs, targets) -> scalar``, an average over the samples; cross-entropy for None.
 
     Raises:
-        MfpError: unknown criterion, weights that are not finite (names the layer and the filter), a backend that
-            cannot run.
+        MfpError: unknown criterion, ``taylor`` without calibration batches, ``bn_scale`` of a layer that no BatchNorm
+            follows, weights or gradients that are not finite (names the layer and the filter), a backend that cannot
+            run.
     """
     known = check_criteria(criteria)
-    weights = plan.weights()
-    values = ops.score_filters(weights, [c.kind for c in known], [c.exponent for c in known], backend)
-    require_finite(plan, values)
-    return FilterScores(plan, {c.name: row for c, row in zip(known, values, strict=True)})
+    scaled = [c for c in known if c.source == "batchnorm"]
+    own = [c for c in known if c not in scaled]
+    scales = batchnorm_scales(plan) if scaled else []
+    gradients = gradients_for(plan, own, calibration, loss)
+    rows = _score(own, plan.weights(), gradients, backend) | _score(scaled, scales, (), backend)
+    require_finite(plan, torch.stack(list(rows.values())), gradients)
+    return FilterScores(plan, {c.name: rows[c.name] for c in known})
+
+
+def _score(
+    criteria: Sequence[Criterion], tensors: Sequence[Tensor], gradients: Sequence[Tensor], backend: str | None
+) -> dict[str, Tensor]:
+    if not criteria:
+        return {}
+    kinds, exponents = [c.kind for c in criteria], [c.exponent for c in criteria]
+    values = ops.score_filters(tensors, kinds, exponents, gradients, backend)
+    return {c.name: row for c, row in zip(criteria, values, strict=True)}
+
+
+def gradients_for(
+    plan: FilterPlan, criteria: Sequence[Criterion], calibration: Batches | None, loss: Loss | None
+) -> list[Tensor]:
+    """What the op needs beside the weights: their gradients, measured now; none where no criterion asks for them."""
+    check_calibration(criteria, calibration)
+    return weight_gradients(plan, calibration, loss) if any(c.source == "gradients" for c in criteria) else []
+
+
+def check_calibration(criteria: Sequence[Criterion], calibration: Batches | None) -> None:
+    """Raise for a criterion that is measured on data when there are no batches."""
+    for criterion in criteria:
+        if criterion.source == "gradients" and not calibration:
+            raise MfpError(
+                f"criterion {criterion.name!r} is measured on data: give calibration=[(inputs, targets), ...]"
+            )
+
+
+def batchnorm_scales(plan: FilterPlan) -> list[Tensor]:
+    """The weight of the first BatchNorm behind each layer as ``[N, ...]``, a row a filter.
+
+    Raises:
+        MfpError: a layer that has none, by name.
+    """
+    scales = []
+    for layer in plan.layers:
+        behind = [plan.model.get_submodule(f.module) for f in layer.followers if f.parameter == "weight"]
+        norm = next((module for module in behind if isinstance(module, nn.modules.batchnorm._BatchNorm)), None)
+        if norm is None:
+            raise MfpError(
+                f"criterion 'bn_scale': no BatchNorm with a scale follows layer {layer.name!r}; leave the layer out "
+                f"(skip=({layer.name!r},)) or take another criterion"
+            )
+        scales.append(norm.weight.detach().view(layer.num_filters, -1))
+    return scales
 
 
 def check_criteria(criteria: Sequence[str | Criterion]) -> list[Criterion]:
@@ -69,21 +137,25 @@ def check_criteria(criteria: Sequence[str | Criterion]) -> list[Criterion]:
     return known
 
 
-def require_finite(plan: FilterPlan, values: Tensor) -> None:
-    """Raise an error that names the first layer and filter with weights that are not finite.
+def require_finite(plan: FilterPlan, values: Tensor, gradients: Sequence[Tensor] = ()) -> None:
+    """Raise an error that names the first layer and filter with weights, or gradients, that are not finite.
 
     Args:
         values: scores ``[criteria, F]``.
+        gradients: that they were computed from.
     """
     if torch.isfinite(values).all():
         return
-    for layer in plan.layers:
-        bad = ~torch.isfinite(plan.weight(layer).detach().flatten(1)).all(dim=1)
-        if bad.any():
-            raise MfpError(
-                f"layer {layer.name!r}: filter {int(bad.nonzero()[0])} has weights that are not finite "
-                f"({int(bad.sum())} of {layer.num_filters} filters); nothing was pruned"
-            )
+    for what, tensors in (("weights", plan.weights()), ("gradients", gradients)):
+        for layer, tensor in zip(plan.layers, tensors, strict=False):
+            bad = ~torch.isfinite(tensor.detach().flatten(1)).all(dim=1)
+            if bad.any():
+                raise MfpError(
+                    f"layer {layer.name!r}: filter {int(bad.nonzero()[0])} has {what} that are not finite "
+                    f"({int(bad.sum())} of {layer.num_filters} filters); nothing was pruned"
+                )
     first = int((~torch.isfinite(values)).any(dim=0).nonzero()[0])
     layer = next(layer for layer in plan.layers if layer.slice.start <= first < layer.slice.stop)
-    raise MfpError(f"layer {layer.name!r}: the score of filter {first - layer.offset} is too large for float32")
+    raise MfpError(
+        f"layer {layer.name!r}: the score of filter {first - layer.offset} is not finite or too large for float32"
+    )

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from mfp import criteria as _criteria
 from mfp import ops
+from mfp.attributes import Batches
 from mfp.errors import MfpError
+from mfp.gradients import Loss
 from mfp.mask import FilterMask
 from mfp.plan import FilterPlan, check_rate
-from mfp.scores import FilterScores, check_criteria, require_finite, score_filters
+from mfp.scores import FilterScores, check_criteria, gradients_for, require_finite, score_filters
 
 
 def select_filters(scores: FilterScores, criterion: str | Mapping[str, str] | None = None) -> FilterMask:
@@ -103,12 +105,20 @@ def select_mix(
 
 def _score(plan: FilterPlan, weights: list[Tensor], criterion: str, backend: str | None) -> tuple[Tensor, ...]:
     known = _criteria.criterion(criterion)
-    scores = ops.score_filters(weights, [known.kind], [known.exponent], backend)
+    scores = ops.score_filters(weights, [known.kind], [known.exponent], backend=backend)
     require_finite(plan, scores)
     return scores[0].split([len(weight) for weight in weights])
 
 
-def prune_filters_(plan: FilterPlan, criterion: str, *, mask_bn: bool = True, backend: str | None = None) -> FilterMask:
+def prune_filters_(
+    plan: FilterPlan,
+    criterion: str,
+    *,
+    mask_bn: bool = True,
+    backend: str | None = None,
+    calibration: Batches | None = None,
+    loss: Loss | None = None,
+) -> FilterMask:
     """Score, select and zero in one op: one launch on a GPU, one call on a CPU.
 
     >>> mask = mfp.prune_filters_(plan, criterion="l2_distance")
@@ -117,16 +127,19 @@ def prune_filters_(plan: FilterPlan, criterion: str, *, mask_bn: bool = True, ba
         plan: the layers and how many filters of each go.
         criterion: a name.
         mask_bn: zero the pruned filters' biases and BatchNorm entries too.
+        calibration, loss: for criteria that look at data, as in :func:`mfp.score_filters`.
 
     Raises:
-        MfpError: weights that are not finite; nothing is zeroed then. Not looked at while a CUDA graph is captured: the
-            op itself then leaves layers with such weights alone.
+        MfpError: as :func:`mfp.score_filters`; nothing is zeroed then. For weights that are not finite nobody looks
+            while a CUDA graph is captured: the op itself then leaves layers with such weights alone.
     """
     (known,) = check_criteria((criterion,))
-    if any(layer.group is not None for layer in plan.layers):  # ranked across layers, which the op does not do
-        mask = select_filters(score_filters(plan, (criterion,), backend))
+    grouped = any(layer.group is not None for layer in plan.layers)
+    if grouped or known.source == "batchnorm":  # ranked across layers, or by other tensors: the op does neither
+        mask = select_filters(score_filters(plan, (criterion,), backend, calibration=calibration, loss=loss))
         mask.apply_(mask_bn)
         return mask
+    gradients = gradients_for(plan, [known], calibration, loss)
     weights, followers = plan.weights(), plan.followers(mask_bn)
     with torch.no_grad():
         scores, keep = ops.prune_filters_(
@@ -137,8 +150,9 @@ def prune_filters_(plan: FilterPlan, criterion: str, *, mask_bn: bool = True, ba
             [known.kind],
             [known.exponent],
             0,
+            gradients,
             backend,
         )
     if not (keep.is_cuda and torch.cuda.is_current_stream_capturing()):  # a look at the scores waits for the GPU
-        require_finite(plan, scores)
+        require_finite(plan, scores, gradients)
     return FilterMask(plan, keep)

@@ -83,7 +83,7 @@ def mask_filters_(tensors: Sequence[Tensor], keep: Tensor, offsets: Sequence[int
     assert error == 0
 
 
-def prune_filters_(weights, followers, follower_layers, num_pruned, kinds, exponents, chosen, launches=1):
+def prune_filters_(weights, followers, follower_layers, num_pruned, kinds, exponents, chosen, gradients=(), launches=1):
     filters = [len(weight) for weight in weights]
     sizes = [weight.numel() // max(len(weight), 1) for weight in weights]
     row_bytes = [
@@ -93,7 +93,8 @@ def prune_filters_(weights, followers, follower_layers, num_pruned, kinds, expon
     scores = torch.full((len(kinds), sum(filters)), float("nan"))
     keep = torch.zeros(sum(filters), dtype=torch.bool)
     error = build().prune_filters(
-        _pointers(weights), _int64(filters), _int64(sizes), _int32([DTYPES[w.dtype] for w in weights]),
+        _pointers(weights), _pointers(gradients) if gradients else None, _int64(filters), _int64(sizes),
+        _int32([DTYPES[w.dtype] for w in weights]), _int32([DTYPES[g.dtype] for g in gradients]),
         _int32(num_pruned), len(weights), _pointers(followers), _int64(row_bytes), _int32(follower_layers),
         len(followers), _int32(kinds), (ctypes.c_float * len(kinds))(*exponents), len(kinds), chosen,
         ctypes.c_void_p(scores.data_ptr()), ctypes.c_void_p(keep.data_ptr()), launches)  # fmt: skip
@@ -101,8 +102,8 @@ def prune_filters_(weights, followers, follower_layers, num_pruned, kinds, expon
     return scores, keep
 
 
-def score_filters(weights, kinds, exponents, launches=1):
-    return prune_filters_(weights, [], [], [0] * len(weights), kinds, exponents, -1, launches)[0]
+def score_filters(weights, kinds, exponents, gradients=(), launches=1):
+    return prune_filters_(weights, [], [], [0] * len(weights), kinds, exponents, -1, gradients, launches)[0]
 
 
 def _masked_step(adamw, params, grads, first, second, keep, offsets, rows, numbers, flags):

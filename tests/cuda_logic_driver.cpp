@@ -29,10 +29,10 @@ int mask_filters(void** data, const int64_t* rows, const int64_t* row_bytes, con
 }
 
 // Launches `launches` times with one table, as the cache of tables does. Returns -1 where the plan has an error.
-int prune_filters(void** weights, const int64_t* filters, const int64_t* sizes, const int* dtypes,
-                  const int* num_pruned, int layers, void** followers, const int64_t* follower_row_bytes,
-                  const int* follower_layers, int num_followers, const int* kinds, const float* exponents, int requests,
-                  int chosen, float* scores, bool* keep, int launches) {
+int prune_filters(void** weights, void** gradients, const int64_t* filters, const int64_t* sizes, const int* dtypes,
+                  const int* gradient_dtypes, const int* num_pruned, int layers, void** followers,
+                  const int64_t* follower_row_bytes, const int* follower_layers, int num_followers, const int* kinds,
+                  const float* exponents, int requests, int chosen, float* scores, bool* keep, int launches) {
   std::vector<ScoredLayer> table(static_cast<size_t>(layers));
   std::vector<int64_t> offsets;
   int64_t total = 0;
@@ -41,6 +41,10 @@ int prune_filters(void** weights, const int64_t* filters, const int64_t* sizes, 
     table[i].filters = filters[i];
     table[i].filter_size = sizes[i];
     table[i].dtype = static_cast<mfp::DType>(dtypes[i]);
+    if (gradients != nullptr) {
+      table[i].gradients = gradients[i];
+      table[i].gradient_dtype = static_cast<mfp::DType>(gradient_dtypes[i]);
+    }
     table[i].num_pruned = num_pruned[i];
     offsets.push_back(total);
     total += filters[i];

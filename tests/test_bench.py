@@ -77,6 +77,16 @@ def test_scores_off_by_a_little_fail_the_check(small_jobs, name):
         check([scores * float("nan")])
 
 
+def test_products_off_by_a_little_fail_the_check(small_jobs):
+    ours, loop = small_jobs.gradients().contestants
+    for contestant, error in ((ours, 1e-4), (loop, 1e-2)):
+        scores = contestant.run()
+        contestant.check(scores)
+        for wrong in (scores * (1 + error), scores * float("nan")):
+            with pytest.raises(MfpError, match="taylor: relative error"):
+                contestant.check(wrong)
+
+
 def test_every_layer_is_sampled(small_jobs):
     layers = {layer for layer, _ in small_jobs.sample.filters}
     assert layers == set(range(len(small_jobs.weights)))

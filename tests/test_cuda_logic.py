@@ -9,8 +9,8 @@ import torch
 
 from mfp import backend, reference
 
-NORM, DISTANCE, COSINE, HYBRID = range(4)
-ALL = ((NORM, 1), (NORM, 2), (DISTANCE, 1), (DISTANCE, 2), (COSINE, 2), (HYBRID, 2))
+NORM, DISTANCE, COSINE, HYBRID, TAYLOR = range(5)
+ALL = ((NORM, 1), (NORM, 2), (DISTANCE, 1), (DISTANCE, 2), (COSINE, 2), (HYBRID, 2), (TAYLOR, 2))
 PAPER = ALL[:5]
 POWERS = ((NORM, 1.5), (NORM, 3), (DISTANCE, 1.5), (DISTANCE, 3))
 BOUND = 1e-5
@@ -31,12 +31,27 @@ def split(criteria):
     return [kind for kind, _ in criteria], [float(exponent) for _, exponent in criteria]
 
 
+def gradients_of(weights):
+    """As random as weights, laid out like them; every other one in float32, as the sum over batches is."""
+    found = []
+    for index, weight in enumerate(weights):
+        values = torch.randn(weight.shape, generator=torch.Generator().manual_seed(20 + index)).to(weight.device)
+        gradient = torch.empty_like(weight, dtype=torch.float32 if index % 2 else weight.dtype)
+        found.append(gradient.copy_(values))
+    return found
+
+
+def asked(weights, criteria):
+    """What a scoring op takes beside the weights: kinds, exponents, gradients."""
+    return *split(criteria), gradients_of(weights) if TAYLOR in split(criteria)[0] else []
+
+
 def score(weights, criteria, launches=1):
-    return cuda_logic.score_filters(weights, *split(criteria), launches=launches)
+    return cuda_logic.score_filters(weights, *asked(weights, criteria), launches=launches)
 
 
 def oracle(weights, criteria):
-    return reference.score_filters(weights, *split(criteria), out_dtype=torch.float64)
+    return reference.score_filters(weights, *asked(weights, criteria), out_dtype=torch.float64)
 
 
 def assert_close(actual, expected, bound=BOUND, noise=1e-24):
@@ -175,6 +190,10 @@ def test_a_weight_that_starts_off_alignment():
     weight = torch.randn(1 + 20 * 36)[1:].view(20, 36)
     assert weight.data_ptr() % 16 != 0
     assert_close(score([weight], ALL), oracle([weight], ALL))
+    gradient = torch.randn(1 + 20 * 36)[1:].view(20, 36)
+    aligned = weight.clone()
+    actual = cuda_logic.score_filters([aligned], [TAYLOR], [2.0], [gradient])
+    assert_close(actual, reference.score_filters([aligned], [TAYLOR], [2.0], [gradient], out_dtype=torch.float64))
 
 
 def test_order_of_threads_number_of_blocks_and_repetition_do_not_change_a_bit():
@@ -196,7 +215,8 @@ def prune_both(weights, followers, follower_layers, num_pruned, criteria, chosen
     for prune in (cuda_logic.prune_filters_, reference.prune_filters_):
         own = [weight.clone() for weight in weights]
         own_followers = [tensor.clone() for tensor in followers]
-        scores, keep = prune(own, own_followers, follower_layers, num_pruned, *split(criteria), chosen)
+        kinds, exponents, gradients = asked(weights, criteria)
+        scores, keep = prune(own, own_followers, follower_layers, num_pruned, kinds, exponents, chosen, gradients)
         results.append((scores, keep, own, own_followers))
     return results
 
@@ -208,7 +228,7 @@ def assert_same_pruning(ours, theirs):
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-@pytest.mark.parametrize("chosen", range(len(PAPER)))
+@pytest.mark.parametrize("chosen", [*range(len(PAPER)), ALL.index((TAYLOR, 2))])
 def test_pruning_is_that_of_the_reference(chosen, seed):
     cuda_logic.configure(seed, 1, 3)
     shapes = [(TILE, 147), (2 * TILE + 5, 9), (1, 5), (17, 64), (40, 33)]
@@ -216,7 +236,7 @@ def test_pruning_is_that_of_the_reference(chosen, seed):
     weights[1] = weights[1].half()
     num_pruned = [25, 60, 0, 16, 13]
     followers = [torch.ones(TILE), torch.ones(40, 3), torch.ones(17, 5).bfloat16(), torch.ones(40), torch.ones(1)]
-    ours, theirs = prune_both(weights, followers, [0, 4, 3, 4, 2], num_pruned, PAPER, chosen)
+    ours, theirs = prune_both(weights, followers, [0, 4, 3, 4, 2], num_pruned, ALL, chosen)
     assert_same_pruning(ours, theirs)
     assert_close(ours[0], theirs[0].double())
     counts = [int((~part).sum()) for part in ours[1].split([n for n, _ in shapes])]
@@ -248,8 +268,9 @@ def test_nothing_is_zeroed_when_a_score_is_not_finite(bad, place):
     layer, filter_ = place
     weights[layer][filter_, 1] = bad
     before = [weight.clone() for weight in weights]
-    for criteria, chosen in ((PAPER, 0), (PAPER, 3), (((DISTANCE, 3),), 0), (((NORM, 1),), 0)):
-        scores, keep = cuda_logic.prune_filters_(weights, [], [], [4, 20, 2], *split(criteria), chosen)
+    for criteria, chosen in ((ALL, 0), (ALL, 3), (((DISTANCE, 3),), 0), (((NORM, 1),), 0), (((TAYLOR, 2),), 0)):
+        kinds, exponents, gradients = asked(weights, criteria)
+        scores, keep = cuda_logic.prune_filters_(weights, [], [], [4, 20, 2], kinds, exponents, chosen, gradients)
         assert keep.all() and not scores.isfinite().all()
         for weight, old in zip(weights, before, strict=True):
             assert torch.equal(weight, old) or (weight.isnan() == old.isnan()).all()
@@ -258,8 +279,10 @@ def test_nothing_is_zeroed_when_a_score_is_not_finite(bad, place):
 
 def test_empty_layers_among_others():
     weights = [torch.randn(6, 3), torch.empty(0, 4), torch.empty(3, 0), torch.randn(4, 5)]
-    expected = oracle([weights[0], weights[3]], ALL)
-    scores, keep = cuda_logic.prune_filters_(weights, [], [], [2, 0, 1, 1], *split(ALL), 3)
+    kinds, exponents, gradients = asked(weights, ALL)
+    full = [[tensors[0], tensors[3]] for tensors in (weights, gradients)]
+    expected = reference.score_filters(full[0], kinds, exponents, full[1], out_dtype=torch.float64)
+    scores, keep = cuda_logic.prune_filters_(weights, [], [], [2, 0, 1, 1], kinds, exponents, 3, gradients)
     assert [int((~part).sum()) for part in keep.split([6, 3, 4])] == [2, 1, 1]
     assert_close(scores[:, [0, 1, 2, 3, 4, 5, 9, 10, 11, 12]], expected)
     assert (scores[:, 6:9] == 0).all()

@@ -20,6 +20,7 @@ import pytest
 import torch
 from train_helpers import one_thread, tiny_config, tiny_data, tiny_structure, tiny_trainer  # noqa: F401
 
+import mfp
 from mfp.errors import MfpError
 from mfp.train import engine
 from mfp.train.checkpoints import checkpoint_files, digest_of, save_checkpoint
@@ -27,7 +28,7 @@ from mfp.train.config import RunConfig
 from mfp.train.distributed import World, join, leave
 from mfp.train.evaluation import evaluate
 from mfp.train.progress import Reporter
-from mfp.train.run import run
+from mfp.train.run import calibration_batches, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -141,6 +142,26 @@ def test_ranks_train_as_one_process_on_the_same_global_batches(tmp_path, data, s
 
 
 @pytest.mark.parametrize("size", [2, 3])
+def test_gradients_of_ranks_are_those_of_all_samples(tmp_path, data, size):
+    """Ranks with shares of different sizes; one wraps the model in DistributedDataParallel, which must not join in."""
+    criteria = ("bn_scale", "taylor")
+
+    def scores(world: World) -> list[list[float]]:
+        model = tiny_trainer(tmp_path, tiny_config(batch=16), data, prune=False).model
+        wrapped = torch.nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
+        batches = calibration_batches(tiny_config(batch=16), data, world)
+        plan = mfp.FilterPlan.from_model(wrapped)
+        return [row.tolist() for row in mfp.score_filters(plan, criteria, calibration=batches).values()]
+
+    outcomes = run_ranks(tmp_path / "m", size, scores)
+    assert [code for code, *_ in outcomes] == [0] * size, outcomes
+    assert all(result == outcomes[0][2] for _, _, result in outcomes)
+    alone = scores(World())
+    assert max(alone[1]) > 0
+    torch.testing.assert_close(torch.tensor(outcomes[0][2]), torch.tensor(alone), rtol=1e-3, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 3])
 def test_evaluation_is_that_of_one_process(tmp_path, data, size):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
@@ -153,7 +174,7 @@ def test_evaluation_is_that_of_one_process(tmp_path, data, size):
 
 
 def test_cut_at_every_step_and_resumed_on_two_ranks(tmp_path, data):
-    settings = {"checkpoint_every": 1, "attribute": "loss"}
+    settings = {"checkpoint_every": 1, "attribute": "loss", "criteria": ("l2_norm", "taylor", "l2_distance")}
     copies = tmp_path / "copies"
 
     def save_and_copy(directory, step, state):

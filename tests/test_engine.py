@@ -67,6 +67,7 @@ def test_training_learns_and_prunes(tmp_path, data):
         {"precision": "float16", "recalibrate": True},
         {"accumulate": 3, "label_smoothing": 0.1, "warmup_epochs": 1, "nesterov": True},
         {"workers": 2},
+        {"criteria": ("taylor", "bn_scale", "l2_norm")},
     ],
     ids=str,
 )

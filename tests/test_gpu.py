@@ -3,7 +3,7 @@
 import cuda_logic
 import pytest
 import torch
-from test_cuda_logic import ALL, DTYPES, MIXED, PAPER, POWERS, SHAPES, assert_close, awkward, split, step_case
+from test_cuda_logic import ALL, DTYPES, MIXED, PAPER, POWERS, SHAPES, asked, assert_close, awkward, split, step_case
 from torch import nn
 
 import mfp
@@ -18,13 +18,18 @@ def on_gpu(tensors):
     return [tensor.cuda() for tensor in tensors]
 
 
+def asked_on_gpu(weights, criteria):
+    kinds, exponents, gradients = asked(weights, criteria)
+    return kinds, exponents, on_gpu(gradients)
+
+
 def score(weights, criteria, name):
-    return ops.score_filters(on_gpu(weights), *split(criteria), backend=name).cpu()
+    return ops.score_filters(on_gpu(weights), *asked_on_gpu(weights, criteria), backend=name).cpu()
 
 
 def oracle(weights, criteria):
     device = [weight.cuda() for weight in weights]  # float64 in plain torch; only the device is shared
-    return reference.score_filters(device, *split(criteria), out_dtype=torch.float64).cpu()
+    return reference.score_filters(device, *asked_on_gpu(weights, criteria), out_dtype=torch.float64).cpu()
 
 
 def test_a_gpu_backend_is_usable():
@@ -77,14 +82,17 @@ def resnet_like():
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("chosen", range(len(PAPER)))
+@pytest.mark.parametrize("chosen", range(len(ALL)))
 def test_pruning_is_that_of_the_reference(name, chosen):
     weights = resnet_like()
     num_pruned = [int(0.4 * len(weight)) for weight in weights]
     results = []
     for which in (name, "reference"):
         own, follower = on_gpu(weights), torch.ones(256, 3, device="cuda")
-        scores, keep = ops.prune_filters_(own, [follower], [1], num_pruned, *split(PAPER), chosen, backend=which)
+        kinds, exponents, gradients = asked(own, ALL)
+        scores, keep = ops.prune_filters_(
+            own, [follower], [1], num_pruned, kinds, exponents, chosen, gradients, backend=which
+        )
         results.append([keep, *own, follower, scores])
     for ours, theirs in zip(results[0][:-1], results[1][:-1], strict=True):
         assert torch.equal(ours, theirs)
@@ -94,23 +102,25 @@ def test_pruning_is_that_of_the_reference(name, chosen):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_thousand_launches_give_the_same_bits(name):
     weights = on_gpu(resnet_like())
-    first = ops.score_filters(weights, *split(ALL), backend=name)
+    first = ops.score_filters(weights, *asked(weights, ALL), backend=name)
     assert first.abs().sum() > 0
-    different = sum((ops.score_filters(weights, *split(ALL), backend=name) != first).any() for _ in range(1000))
+    different = sum(
+        (ops.score_filters(weights, *asked(weights, ALL), backend=name) != first).any() for _ in range(1000)
+    )
     assert int(different) == 0
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_streams_at_once(name):
     weights = [on_gpu(resnet_like()[i:]) for i in range(4)]
-    expected = [ops.score_filters(layers, *split(ALL), backend=name) for layers in weights]
+    expected = [ops.score_filters(layers, *asked(layers, ALL), backend=name) for layers in weights]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(4)]
     for _ in range(20):
         results = []
         for stream, layers in zip(streams, weights, strict=True):
             with torch.cuda.stream(stream):
-                results.append(ops.score_filters(layers, *split(ALL), backend=name))
+                results.append(ops.score_filters(layers, *asked(layers, ALL), backend=name))
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
@@ -120,7 +130,7 @@ def test_a_cuda_graph_prunes_what_the_weights_are_at_replay():
     start = on_gpu(resnet_like())
     static = [weight.clone() for weight in start]
     num_pruned = [int(0.4 * len(weight)) for weight in static]
-    arguments = ([], [], num_pruned, *split(PAPER), 3)
+    arguments = ([], [], num_pruned, *split(PAPER), 3, [])
     torch.ops.mfp.prune_filters_([weight.clone() for weight in start], *arguments)  # warm-up on other tensors
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -205,7 +215,7 @@ def test_more_than_two_to_the_31_weights_in_a_layer():
     weight = torch.zeros(600_000, 4096, dtype=torch.bfloat16, device="cuda")
     weight[-1, -1] = 3
     weight[-2] = 1
-    scores = torch.ops.mfp.score_filters([weight], *split(ALL[:2]))
+    scores = torch.ops.mfp.score_filters([weight], *split(ALL[:2]), [])
     assert scores[:, -1].tolist() == [3.0, 3.0] and scores[:, -2].tolist() == [4096.0, 64.0]
     assert (scores[:, :-2] == 0).all()
 
@@ -215,9 +225,9 @@ def test_more_than_two_to_the_31_weights_in_a_layer():
 def test_tensors_on_two_gpus_are_an_error(name):
     weights = [torch.randn(4, 4, device="cuda:0"), torch.randn(4, 4, device="cuda:1")]
     with pytest.raises(ValueError, match=r"cuda:1.*cuda:0"):
-        ops.score_filters(weights, *split(ALL), backend=name)
+        ops.score_filters(weights, *asked(weights, ALL), backend=name)
     second = [torch.randn(40, 40, device="cuda:1")]
-    assert_close(ops.score_filters(second, *split(ALL), backend=name).cpu(), oracle(second, ALL))
+    assert_close(ops.score_filters(second, *asked(second, ALL), backend=name).cpu(), oracle(second, ALL))
 
 
 def test_a_pruner_on_the_gpu():

@@ -24,6 +24,10 @@ SCORE_SAMPLES = [
     ([torch.zeros(5, 9)], [2, 3], [2.0, 2.0]),
     ([torch.randn(65, 257)], [1, 1], [1.0, 2.0]),
 ]
+TAYLOR_SAMPLES = [
+    (weights(), [0, 4], [1.0, 2.0], weights()),
+    (weights(torch.float16), [4], [2.0], weights()),
+]
 MASK_SAMPLES = [
     ([torch.randn(3, 2), torch.randn(2, 4), torch.randn(4)], KEEP, [0, 3, 3], [3, 2, 2]),
     ([torch.randn(5, 2, 3, 3).to(memory_format=torch.channels_last)], KEEP, [0], [5]),
@@ -31,14 +35,16 @@ MASK_SAMPLES = [
     ([torch.randn(0, 3)], KEEP, [2], [0]),
 ]
 PRUNE_SAMPLES = [
-    (weights(), [torch.randn(3), torch.randn(4)], [0, 1], [1, 1], [0, 1], [1.0, 2.0], 1),
-    (weights(torch.float16), [], [], [0, 0], [2], [2.0], 0),
+    (weights(), [torch.randn(3), torch.randn(4)], [0, 1], [1, 1], [0, 1], [1.0, 2.0], 1, []),
+    (weights(torch.float16), [], [], [0, 0], [2], [2.0], 0, []),
+    (weights(), [], [], [1, 1], [4], [2.0], 0, weights()),
 ]
 
 
 @pytest.mark.parametrize(
     ("name", "sample"),
-    [("score_filters", sample) for sample in SCORE_SAMPLES]
+    [("score_filters", (*sample, [])) for sample in SCORE_SAMPLES]
+    + [("score_filters", sample) for sample in TAYLOR_SAMPLES]
     + [("mask_filters_", sample) for sample in MASK_SAMPLES]
     + [("prune_filters_", sample) for sample in PRUNE_SAMPLES],
 )
@@ -50,5 +56,5 @@ def test_opcheck(name, sample):
 
 def test_ops_work_on_the_meta_device():
     """Shapes without data: the fake kernels."""
-    scores = torch.ops.mfp.score_filters([torch.empty(6, 3, 3, 3, device="meta")], [0, 1], [1.0, 2.0])
+    scores = torch.ops.mfp.score_filters([torch.empty(6, 3, 3, 3, device="meta")], [0, 1], [1.0, 2.0], [])
     assert scores.shape == (2, 6) and scores.dtype == torch.float32 and scores.device.type == "meta"

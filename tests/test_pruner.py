@@ -328,7 +328,8 @@ def test_state_of_another_network_or_version_is_refused():
     ("arguments", "message"),
     [
         ({"rate": 1.2}, r"rate must be in \[0, 1\)"),
-        ({"criteria": ("l2_norm", "taylor")}, "unknown criterion 'taylor': known are l1_norm"),
+        ({"criteria": ("l2_norm", "hessian")}, "unknown criterion 'hessian': known are l1_norm"),
+        ({"criteria": ("l2_norm", "taylor")}, "criterion 'taylor' is measured on data: give calibration="),
         ({"attribute": "accuracy"}, "unknown attribute 'accuracy': known are weight_energy"),
         ({"attribute": "loss"}, "give calibration="),
         ({"mode": "medium"}, "unknown mode 'medium'"),

@@ -145,3 +145,11 @@ def test_the_op_refuses_what_does_not_fit():
         ops.score_filters([weight.double()], [0], [1.0])
     with pytest.raises(mfp.MfpError, match=r"must be one dense block"):
         ops.score_filters([weight.T], [0], [1.0])
+    with pytest.raises(mfp.MfpError, match="kind 4 needs one gradient a weight, got 0 for 1"):
+        ops.score_filters([weight], [0, 4], [1.0, 2.0])
+    images = torch.randn(4, 3, 2, 2)
+    for gradient in (images[:3], images.to(memory_format=torch.channels_last)):
+        with pytest.raises(mfp.MfpError, match=r"gradients\[0\] has shape .* expected those of its weight, \(4, 3"):
+            ops.score_filters([images], [4], [2.0], [gradient])
+    with pytest.raises(mfp.MfpError, match=r"gradients\[0\] is torch.float64"):
+        ops.prune_filters_([weight], [], [], [1], [4], [2.0], 0, [weight.double()])

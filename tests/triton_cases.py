@@ -6,7 +6,7 @@ process of its own with TRITON_INTERPRET=1.
 
 import pytest
 import torch
-from test_cuda_logic import ALL, DTYPES, PAPER, POWERS, assert_close, awkward, split, step_case
+from test_cuda_logic import ALL, DTYPES, PAPER, POWERS, asked, assert_close, awkward, step_case
 
 from mfp import kernels, ops, reference
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on
 
 
 def oracle(weights, criteria):
-    return reference.score_filters(weights, *split(criteria), out_dtype=torch.float64)
+    return reference.score_filters(weights, *asked(weights, criteria), out_dtype=torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -26,13 +26,13 @@ def test_scores_are_within_the_bound_of_the_oracle(shape, dtype):
     weight = awkward(*shape, dtype)
     expected = oracle([weight], ALL + POWERS)
     assert expected.abs().sum() > 0
-    assert_close(ops.score_filters([weight], *split(ALL + POWERS), backend="triton"), expected)
+    assert_close(ops.score_filters([weight], *asked([weight], ALL + POWERS), backend="triton"), expected)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-12, 1e12, 1e17])
 def test_weights_of_any_size(scale):
     weight = awkward(BLOCK + 3, 20) * scale
-    assert_close(kernels.score_filters([weight], *split(PAPER)), oracle([weight], PAPER), noise=1e-24 * scale)
+    assert_close(kernels.score_filters([weight], *asked([weight], PAPER)), oracle([weight], PAPER), noise=1e-24 * scale)
 
 
 def test_norms_far_apart_and_parallel_filters():
@@ -40,17 +40,17 @@ def test_norms_far_apart_and_parallel_filters():
     small = torch.randn(BLOCK + 8, 24, generator=generator)
     small[::2] *= 1e-3
     small[::3] *= 1e-15
-    assert_close(kernels.score_filters([small], *split(ALL)), oracle([small], ALL))
+    assert_close(kernels.score_filters([small], *asked([small], ALL)), oracle([small], ALL))
     copies = torch.randn(1, 50, generator=generator) * torch.linspace(-3, 3, 20)[:, None]
     copies *= 1 + 1e-4 * torch.randn(20, 50, generator=generator)
-    assert_close(kernels.score_filters([copies], *split(ALL)), oracle([copies], ALL))
+    assert_close(kernels.score_filters([copies], *asked([copies], ALL)), oracle([copies], ALL))
 
 
 @pytest.mark.parametrize("size", [300, 700])
 def test_filters_a_ten_thousandth_apart(size):
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(1, size, generator=generator) + 1e-4 * torch.randn(6, size, generator=generator)
-    assert_close(kernels.score_filters([weight], *split(ALL)), oracle([weight], ALL))
+    assert_close(kernels.score_filters([weight], *asked([weight], ALL)), oracle([weight], ALL))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,16 +65,16 @@ def test_whole_numbers_are_exact(dtype):
     for weights, criteria in ((whole, (ALL[0], ALL[2])), (line, ALL[:4])):
         expected = oracle(weights, criteria)
         assert expected.sum() > 0
-        assert torch.equal(kernels.score_filters(weights, *split(criteria)).double(), expected)
+        assert torch.equal(kernels.score_filters(weights, *asked(weights, criteria)).double(), expected)
 
 
 @pytest.mark.parametrize("criteria", [*[(c,) for c in (*ALL, *POWERS)], (ALL[3], ALL[0], ALL[3])])
 def test_any_criteria_of_many_layers(criteria):
     weights = [awkward(12, 9), awkward(3, 5, torch.bfloat16), awkward(BLOCK + 2, 3, torch.float16), torch.zeros(2, 3)]
-    assert_close(kernels.score_filters(weights, *split(criteria)), oracle(weights, criteria))
+    assert_close(kernels.score_filters(weights, *asked(weights, criteria)), oracle(weights, criteria))
 
 
-@pytest.mark.parametrize("chosen", range(3))
+@pytest.mark.parametrize("chosen", range(4))
 def test_pruning_is_that_of_the_reference(chosen):
     generator = torch.Generator().manual_seed(4)
     shapes = [(BLOCK + 5, 4), (1, 5), (70, 2), (8, 40)]
@@ -82,10 +82,14 @@ def test_pruning_is_that_of_the_reference(chosen):
     weights[2] = weights[2].half()
     followers = [torch.ones(BLOCK + 5), torch.ones(8, 3).bfloat16(), torch.ones(16)]
     num_pruned = [17, 0, 41, 5]
+    kinds, exponents, _ = asked(weights, (*ALL[:3], ALL[6]))
+    gradients = [torch.randint(-1, 2, weight.shape, generator=generator).float() for weight in weights]
     results = []
     for module in (kernels, reference):
         own, own_followers = [w.clone() for w in weights], [f.clone() for f in followers]
-        scores, keep = module.prune_filters_(own, own_followers, [0, 3, 3], num_pruned, *split(ALL[:3]), chosen)
+        scores, keep = module.prune_filters_(
+            own, own_followers, [0, 3, 3], num_pruned, kinds, exponents, chosen, gradients
+        )
         results.append([scores, keep, *own, *own_followers])
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
@@ -94,11 +98,12 @@ def test_pruning_is_that_of_the_reference(chosen):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nothing_is_zeroed_when_a_score_is_not_finite(bad):
-    for criteria in (PAPER, POWERS[1:2], POWERS[3:]):
+    for criteria in (PAPER, POWERS[1:2], POWERS[3:], ALL[6:]):
         weights = [torch.randn(10, 8), torch.randn(20, 3)]
         weights[1][4, 1] = bad
         before = [weight.clone() for weight in weights]
-        scores, keep = kernels.prune_filters_(weights, [], [], [4, 7], *split(criteria), 0)
+        kinds, exponents, gradients = asked(weights, criteria)
+        scores, keep = kernels.prune_filters_(weights, [], [], [4, 7], kinds, exponents, 0, gradients)
         assert keep.all() and not scores.isfinite().all() and scores[:, :10].isfinite().all()
         assert torch.equal(weights[0], before[0]) and (weights[1] == 0).sum() == 0
 

@@ -35,6 +35,7 @@ VARIANTS = [
         for l1, l2, cosine in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 1, 1), (1, 1, 1))
     ],
     (score._power_kernel, TILE, score._WARPS),
+    (score._taylor_kernel, TILE, score._WARPS),
     (score._select_kernel, {"ROWS": score._ROWS}, 4),
     (mask._mask_kernel, {"ROWS": mask._ROWS, "COLUMNS": mask._COLUMNS}, 4),
     (optim._sgd_kernel, {**STEP, "MOMENTUM": True, "NESTEROV": True, "FIRST": False}, 4),
@@ -78,8 +79,9 @@ def use_all_ops(shapes: list[tuple[int, ...]], channels: int) -> None:
     """One call of each op for a network with these weights; kernels are compiled, not launched."""
     weights = [torch.randn(shape) for shape in shapes]
     counts = [len(weight) for weight in weights]
-    kinds, exponents = [0, 0, 1, 1, 2, 3, 1], [1.0, 2.0, 1.0, 2.0, 2.0, 2.0, 3.0]
-    kernels.prune_filters_(weights, [torch.ones(counts[0])], [0], [n // 2 for n in counts], kinds, exponents, 0)
+    kinds, exponents = [0, 0, 1, 1, 2, 3, 1, 4], [1.0, 2.0, 1.0, 2.0, 2.0, 2.0, 3.0, 2.0]
+    followers, num_pruned = [torch.ones(counts[0])], [n // 2 for n in counts]
+    kernels.prune_filters_(weights, followers, [0], num_pruned, kinds, exponents, 0, weights)
     keep, offsets = torch.ones(sum(counts), dtype=torch.bool), [sum(counts[:i]) for i in range(len(counts))]
     states = [[torch.zeros_like(weight) for weight in weights] for _ in range(3)]
     kernels.masked_sgd_(weights, *states[:2], keep, offsets, counts, 0.1, 0.9, 0.0, 1e-4, False, False, False)

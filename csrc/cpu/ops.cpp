@@ -24,14 +24,16 @@ std::vector<Layer> layers_of(at::TensorList weights) {
   return layers;
 }
 
-at::Tensor score_filters(at::TensorList weights, at::IntArrayRef kinds, at::ArrayRef<double> exponents) {
+at::Tensor score_filters(at::TensorList weights, at::IntArrayRef kinds, at::ArrayRef<double> exponents,
+                         at::TensorList gradients) {
   std::vector<Criterion> criteria;
   for (size_t i = 0; i < kinds.size(); ++i) criteria.push_back({static_cast<Kind>(kinds[i]), exponents[i]});
   const std::vector<Layer> layers = layers_of(weights);
   int64_t filters = 0;
   for (const Layer& layer : layers) filters += layer.num_filters;
   at::Tensor scores = at::empty({static_cast<int64_t>(kinds.size()), filters}, at::kFloat);
-  compute_scores(layers, criteria, scores.mutable_data_ptr<float>(), at::get_num_threads(), current_isa());
+  compute_scores(layers, layers_of(gradients), criteria, scores.mutable_data_ptr<float>(), at::get_num_threads(),
+                 current_isa());
   return scores;
 }
 
@@ -51,9 +53,9 @@ void mask_filters_(at::TensorList tensors, const at::Tensor& keep, at::IntArrayR
 
 std::tuple<at::Tensor, at::Tensor> prune_filters_(at::TensorList weights, at::TensorList followers,
                                                   at::IntArrayRef follower_layers, at::IntArrayRef num_pruned,
-                                                  at::IntArrayRef kinds, at::ArrayRef<double> exponents,
-                                                  int64_t chosen) {
-  at::Tensor scores = score_filters(weights, kinds, exponents);
+                                                  at::IntArrayRef kinds, at::ArrayRef<double> exponents, int64_t chosen,
+                                                  at::TensorList gradients) {
+  at::Tensor scores = score_filters(weights, kinds, exponents, gradients);
   at::Tensor keep = at::empty({scores.size(1)}, at::kBool);
   bool* mask = keep.mutable_data_ptr<bool>();
   std::fill_n(mask, keep.numel(), true);

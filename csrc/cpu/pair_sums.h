@@ -146,6 +146,33 @@ double general_norm(const Layer& layer, int64_t filter, double exponent) {
   return largest * std::pow(sum, 1 / exponent);
 }
 
+// ---- weights and gradients ----------------------------------------------------------------------------------------
+
+// The sum of weight times gradient, squared. In double: the terms have both signs and cancel.
+double taylor(const Layer& layer, const Layer& gradients, int64_t filter) {
+  constexpr int kChains = 4;
+  constexpr int64_t kAhead = 512;  // as for norms
+  alignas(64) float weight_buffer[kBlock], gradient_buffer[kBlock];
+  Wide sums[kChains] = {};
+  double sum = 0;
+  for (int64_t begin = 0; begin < layer.filter_size; begin += kBlock) {
+    const int64_t count = std::min(kBlock, layer.filter_size - begin);
+    const float* w = read(layer, filter, begin, count, weight_buffer);
+    const float* g = read(gradients, filter, begin, count, gradient_buffer);
+    int64_t k = 0;
+    for (; k + kChains * kWide <= count; k += kChains * kWide) {
+      __builtin_prefetch(w + k + kAhead);
+      __builtin_prefetch(g + k + kAhead);
+#pragma GCC unroll 4
+      for (int i = 0; i < kChains; ++i) sums[i] += widen(w + k + i * kWide) * widen(g + k + i * kWide);
+    }
+    for (; k < count; ++k) sum += static_cast<double>(w[k]) * static_cast<double>(g[k]);
+  }
+  for (int i = 1; i < kChains; ++i) sums[0] += sums[i];
+  for (int lane = 0; lane < kWide; ++lane) sum += sums[0][lane];
+  return sum * sum;
+}
+
 // ---- one tile of pairs --------------------------------------------------------------------------------------------
 
 struct alignas(64) Scratch {
@@ -486,7 +513,9 @@ void tile(const TileWork& work) {
 
 }  // namespace MFP_ISA
 
-Kernels MFP_JOIN(MFP_ISA, _kernels)() { return {MFP_ISA::norms, MFP_ISA::general_norm, MFP_ISA::tile}; }
+Kernels MFP_JOIN(MFP_ISA, _kernels)() {
+  return {MFP_ISA::norms, MFP_ISA::general_norm, MFP_ISA::taylor, MFP_ISA::tile};
+}
 
 }  // namespace mfp::cpu
 

@@ -33,8 +33,9 @@ struct LayerOffsets {
   int64_t total() const { return begin.back(); }
 };
 
-std::vector<Norms> all_norms(const std::vector<Layer>& layers, const LayerOffsets& offsets, const Kernels& kernels,
-                             int num_threads) {
+// Calls work(layer, filter) for all filters; a thread takes some 64 K weights at a time.
+template <class Work>
+void for_each_filter(const std::vector<Layer>& layers, int num_threads, Work work) {
   constexpr int64_t kWeightsPerItem = 1 << 16;
   std::vector<Range> items;
   int64_t weights = 0;
@@ -45,13 +46,9 @@ std::vector<Norms> all_norms(const std::vector<Layer>& layers, const LayerOffset
       items.push_back({l, begin, std::min(begin + step, layers[l].num_filters)});
     }
   }
-  std::vector<Norms> norms(offsets.total());
   spread(items.size(), worth(num_threads, weights, 2 * kWeightsPerItem), [&](int64_t i) {
-    for (int64_t filter = items[i].begin; filter < items[i].end; ++filter) {
-      norms[offsets.begin[items[i].layer] + filter] = kernels.norms(layers[items[i].layer], filter);
-    }
+    for (int64_t filter = items[i].begin; filter < items[i].end; ++filter) work(items[i].layer, filter);
   });
-  return norms;
 }
 
 // Tiles of all layers, the costliest first, so that the last ones to run are short.
@@ -130,19 +127,24 @@ static void add_zero_filters(const std::vector<Layer>& layers, const LayerOffset
   }
 }
 
-void compute_scores(const std::vector<Layer>& layers, const std::vector<Criterion>& criteria, float* scores,
-                    int num_threads, Isa isa) {
+void compute_scores(const std::vector<Layer>& layers, const std::vector<Layer>& gradients,
+                    const std::vector<Criterion>& criteria, float* scores, int num_threads, Isa isa) {
   const Kernels kernels = kernels_of(isa);
   const LayerOffsets offsets(layers);
   const int64_t total = offsets.total();
   const bool cosine = any_of(criteria, Kind::cosine_distance), hybrid = any_of(criteria, Kind::weighted_hybrid);
 
-  std::vector<Norms> norms;
-  std::vector<double> l2_norms;
-  if (cosine || hybrid || any_of(criteria, Kind::norm)) {
-    norms = all_norms(layers, offsets, kernels, num_threads);
-    for (const Norms& n : norms) l2_norms.push_back(std::sqrt(n.squares));
+  const bool norm = cosine || hybrid || any_of(criteria, Kind::norm), taylor = any_of(criteria, Kind::taylor);
+  std::vector<Norms> norms(norm ? total : 0);
+  std::vector<double> l2_norms, taylors(taylor ? total : 0);
+  if (norm || taylor) {
+    for_each_filter(layers, num_threads, [&](size_t l, int64_t filter) {
+      const int64_t j = offsets.begin[l] + filter;
+      if (norm) norms[j] = kernels.norms(layers[l], filter);
+      if (taylor) taylors[j] = kernels.taylor(layers[l], gradients[l], filter);
+    });
   }
+  for (const Norms& n : norms) l2_norms.push_back(std::sqrt(n.squares));
   TileWork wanted = {};
   wanted.l1 = any_of(criteria, Kind::distance, 1), wanted.l2 = any_of(criteria, Kind::distance, 2);
   wanted.cosine = cosine, wanted.hybrid = hybrid;
@@ -185,6 +187,7 @@ void compute_scores(const std::vector<Layer>& layers, const std::vector<Criterio
         std::copy(sum.begin(), sum.end(), out);
         break;
       }
+      case Kind::taylor: std::copy(taylors.begin(), taylors.end(), out); break;
       case Kind::weighted_hybrid: {
         const std::vector<double>& sum = sums[wanted.l1 + wanted.l2 + cosine];
         for (int64_t j = 0; j < total; ++j) out[j] = static_cast<float>(l2_norms[j] * sum[j]);

@@ -9,7 +9,7 @@
 
 namespace mfp::cpu {
 
-enum class Kind : int64_t { norm = 0, distance = 1, cosine_distance = 2, weighted_hybrid = 3 };
+enum class Kind : int64_t { norm = 0, distance = 1, cosine_distance = 2, weighted_hybrid = 3, taylor = 4 };
 
 // One conv layer: N filters of K numbers, one dense block each, one after the other.
 struct Layer {
@@ -21,12 +21,13 @@ struct Layer {
 
 struct Criterion {
   Kind kind;
-  double exponent;  // p; unused by cosine_distance and weighted_hybrid
+  double exponent;  // p of norms and distances
 };
 
+// gradients: of the layers' weights, laid out like them; may be empty where no criterion is Kind::taylor.
 // scores: [criteria, F], F = all filters of all layers in order. The result does not depend on num_threads.
-void compute_scores(const std::vector<Layer>& layers, const std::vector<Criterion>& criteria, float* scores,
-                    int num_threads, Isa isa);
+void compute_scores(const std::vector<Layer>& layers, const std::vector<Layer>& gradients,
+                    const std::vector<Criterion>& criteria, float* scores, int num_threads, Isa isa);
 
 // keep[j] = false for the `count` lowest of scores[0..n), the lower index first among equals.
 void select_lowest(const float* scores, int64_t n, int64_t count, bool* keep);

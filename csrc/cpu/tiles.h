@@ -34,6 +34,7 @@ constexpr int64_t kSumsPerRelation = kTileRows + kTileColumns;
 struct Kernels {
   Norms (*norms)(const Layer& layer, int64_t filter);
   double (*general_norm)(const Layer& layer, int64_t filter, double exponent);
+  double (*taylor)(const Layer& layer, const Layer& gradients, int64_t filter);
   void (*tile)(const TileWork& work);
 };
 

@@ -129,7 +129,7 @@ __device__ inline void open_zeroing(const ScoreArguments& arguments, BlockMemory
 
 __device__ inline void finish_layer(const ScoreArguments& arguments, const ScoredLayer& layer, BlockMemory& memory) {
   for (int32_t index = 0; index < arguments.num_requests; ++index) {
-    if (arguments.requests[index].kind != Kind::norm) add_partial_sums(arguments, layer, index);
+    if (arguments.requests[index].channel >= 0) add_partial_sums(arguments, layer, index);
   }
   if (arguments.chosen < 0) return;
   __threadfence();

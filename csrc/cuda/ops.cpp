@@ -29,13 +29,17 @@ void mask_filters_(at::TensorList tensors, const at::Tensor& keep, at::IntArrayR
                              keep.const_data_ptr<bool>(), c10::cuda::getCurrentCUDAStream()));
 }
 
-std::vector<ScoredLayer> layers_of(at::TensorList weights, at::IntArrayRef num_pruned) {
+std::vector<ScoredLayer> layers_of(at::TensorList weights, at::TensorList gradients, at::IntArrayRef num_pruned) {
   std::vector<ScoredLayer> layers(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     layers[i].weights = weights[i].const_data_ptr();
     layers[i].filters = weights[i].size(0);
     layers[i].filter_size = layers[i].filters > 0 ? weights[i].numel() / layers[i].filters : 0;
     layers[i].dtype = dtype_of(weights[i]);
+    if (!gradients.empty()) {
+      layers[i].gradients = gradients[i].const_data_ptr();
+      layers[i].gradient_dtype = dtype_of(gradients[i]);
+    }
     layers[i].num_pruned = num_pruned.empty() ? 0 : static_cast<int32_t>(num_pruned[i]);
   }
   return layers;
@@ -76,22 +80,25 @@ at::Tensor run(const std::vector<ScoredLayer>& layers, const std::vector<MaskedR
   return scores;
 }
 
-at::Tensor score_filters(at::TensorList weights, at::IntArrayRef kinds, at::ArrayRef<double> exponents) {
+at::Tensor score_filters(at::TensorList weights, at::IntArrayRef kinds, at::ArrayRef<double> exponents,
+                         at::TensorList gradients) {
   const c10::Device device = weights[0].device();
   const c10::cuda::CUDAGuard guard(device);
   check_device("score_filters", "weights", weights, device);
-  return run(layers_of(weights, {}), {}, kinds, exponents, -1, device, nullptr);
+  check_device("score_filters", "gradients", gradients, device);
+  return run(layers_of(weights, gradients, {}), {}, kinds, exponents, -1, device, nullptr);
 }
 
 std::tuple<at::Tensor, at::Tensor> prune_filters_(at::TensorList weights, at::TensorList followers,
                                                   at::IntArrayRef follower_layers, at::IntArrayRef num_pruned,
-                                                  at::IntArrayRef kinds, at::ArrayRef<double> exponents,
-                                                  int64_t chosen) {
+                                                  at::IntArrayRef kinds, at::ArrayRef<double> exponents, int64_t chosen,
+                                                  at::TensorList gradients) {
   const c10::Device device = weights[0].device();
   const c10::cuda::CUDAGuard guard(device);
   check_device("prune_filters_", "weights", weights, device);
   check_device("prune_filters_", "followers", followers, device);
-  const std::vector<ScoredLayer> layers = layers_of(weights, num_pruned);
+  check_device("prune_filters_", "gradients", gradients, device);
+  const std::vector<ScoredLayer> layers = layers_of(weights, gradients, num_pruned);
   at::Tensor keep;
   at::Tensor scores =
       run(layers, followers_of(layers, followers, follower_layers), kinds, exponents, chosen, device, &keep);

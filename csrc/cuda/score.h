@@ -1,6 +1,6 @@
 // One launch that scores the filters of all layers and, if asked, selects and zeroes. docs/kernels.md has the drawing.
 //
-// The work is a numbered list of items, cut into segments: norms of rows, tiles of pairs (longest filters first), rows
+// The work is a numbered list of items, cut into segments: sums over rows, tiles of pairs (longest filters first), rows
 // to zero. Persistent blocks draw the next number from a counter. A block only ever waits for items with lower numbers
 // than its own, which are being worked on, so the launch makes progress with any number of blocks.
 #pragma once
@@ -17,21 +17,22 @@ constexpr int kTile = 64;  // filters along each side of a tile of pairs
 // Counters of the whole launch; then come two for each layer: arrivals, and arrivals of norms.
 enum Counter : int32_t { kNextItem, kLayersDone, kNotFinite, kMaskReady, kBlocksDone, kNumCounters };
 
-enum class Kind : int32_t { norm = 0, distance = 1, cosine_distance = 2, weighted_hybrid = 3 };
+enum class Kind : int32_t { norm = 0, distance = 1, cosine_distance = 2, weighted_hybrid = 3, taylor = 4 };
 
 struct Request {
   Kind kind;
   float exponent;
-  int32_t channel;  // which partial sums it is made of; -1 for a norm
+  int32_t channel;  // which partial sums it is made of; -1 for what one row gives: a norm, Kind::taylor
 };
 
 struct ScoredLayer {
   const void* weights;
-  int64_t filters;      // N
-  int64_t filter_size;  // K
-  int64_t offset;       // of its first filter among all filters
-  int64_t slots;        // of its first partial sum in a channel: [tiles][tiles * kTile]
-  DType dtype;
+  const void* gradients;  // laid out like the weights; null where no request is Kind::taylor
+  int64_t filters;        // N
+  int64_t filter_size;    // K
+  int64_t offset;         // of its first filter among all filters
+  int64_t slots;          // of its first partial sum in a channel: [tiles][tiles * kTile]
+  DType dtype, gradient_dtype;
   int32_t num_pruned;
   int32_t index;       // of the layer in the table
   int32_t tiles;       // ceil(N / kTile)
@@ -60,6 +61,7 @@ struct ScoreArguments {
   int32_t num_segments, num_requests;
   int32_t chosen;                  // request that selects; -1: only score
   int32_t l1, l2, cosine, hybrid;  // channels, -1 if not asked for
+  bool row_norms;                  // whether norms are asked for, or needed by the pairs
   int32_t items;
   int64_t filters, slots;  // F; partial sums a channel
   float* scores;           // [num_requests, F]
@@ -89,8 +91,8 @@ struct ScorePlan {
   std::string error;
 };
 
-// layers: weights, filters, filter_size, dtype and num_pruned are read, the rest is filled. followers: rows to zero
-// with the filters of a layer, keep_offset set. chosen = -1: nothing is selected or zeroed.
+// layers: weights, gradients, filters, filter_size, dtypes and num_pruned are read, the rest is filled. followers: rows
+// to zero with the filters of a layer, keep_offset set. chosen = -1: nothing is selected or zeroed.
 ScorePlan plan_scores(std::vector<ScoredLayer> layers, std::vector<Request> requests,
                       const std::vector<MaskedRows>& followers, int32_t chosen);
 

@@ -13,13 +13,15 @@ bool is_power(const Request& request) {
   return request.kind == Kind::distance && request.exponent != 1.0f && request.exponent != 2.0f;
 }
 
+bool of_a_row(const Request& request) { return request.kind == Kind::norm || request.kind == Kind::taylor; }
+
 // Gives each request its channel. Requests of the same sums share one.
 int32_t assign_channels(std::vector<Request>& requests, ScoreArguments& arguments) {
   int32_t channels = 0;
   arguments.l1 = arguments.l2 = arguments.cosine = arguments.hybrid = -1;
   for (Request& request : requests) {
     request.channel = -1;
-    if (request.kind == Kind::norm) continue;
+    if (of_a_row(request)) continue;
     if (is_power(request)) {
       request.channel = channels++;
       continue;
@@ -60,9 +62,12 @@ ScorePlan plan_scores(std::vector<ScoredLayer> layers, std::vector<Request> requ
   ScoreArguments& arguments = plan.arguments;
   const int32_t channels = assign_channels(requests, arguments);
   const bool pairs = arguments.l1 >= 0 || arguments.l2 >= 0 || arguments.cosine >= 0 || arguments.hybrid >= 0;
+  const auto is_norm = [](const Request& request) { return request.kind == Kind::norm; };
   const bool norms = arguments.cosine >= 0 || arguments.hybrid >= 0 ||
                      (arguments.l2 >= 0 && arguments.l1 < 0) ||  // its tiles are matrix products
-                     std::any_of(requests.begin(), requests.end(), [](auto& r) { return r.kind == Kind::norm; });
+                     std::any_of(requests.begin(), requests.end(), is_norm);
+  const bool rows = norms || std::any_of(requests.begin(), requests.end(), of_a_row);
+  arguments.row_norms = norms;
   const auto powers = std::count_if(requests.begin(), requests.end(), is_power);
   plan.powers = powers > 0;
 
@@ -74,7 +79,7 @@ ScorePlan plan_scores(std::vector<ScoredLayer> layers, std::vector<Request> requ
     layer.aligned = row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(layer.weights) % 16 == 0;
     const int64_t tiles = (layer.filters + kTile - 1) / kTile, triangle = tiles * (tiles + 1) / 2;
     const int64_t norm_items =
-        norms ? (layer.filters + rows_per_norm_item(layer.filter_size) - 1) / rows_per_norm_item(layer.filter_size) : 0;
+        rows ? (layer.filters + rows_per_norm_item(layer.filter_size) - 1) / rows_per_norm_item(layer.filter_size) : 0;
     layer.tiles = static_cast<int32_t>(tiles);
     layer.norm_items = static_cast<int32_t>(norm_items);
     layer.items = static_cast<int32_t>(norm_items + triangle * ((pairs ? 1 : 0) + powers));

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import mfp
-from mfp import optim, reference
+from mfp import ops, optim, reference
 from mfp.bench import peers
 from mfp.bench.measure import Contestant, Limits
-from mfp.bench.oracle import OUR_TOLERANCE, Sample
-from mfp.criteria import PAPER_CRITERIA, criterion
+from mfp.bench.oracle import OUR_TOLERANCE, PEER_TOLERANCE, Sample
+from mfp.criteria import PAPER_CRITERIA, Kind, criterion
 from mfp.errors import MfpError
 
 FIVE = "all five criteria"
@@ -105,9 +105,33 @@ class Jobs:
         """In the order of the table; each is made when it is due."""
         yield from self.single_criteria()
         yield self.scoring(PAPER_CRITERIA, [], FIVE)
+        yield self.gradients()
         yield self.masking()
         yield self.pruning_step()
         yield from self.optimizer_steps()
+
+    def gradients(self) -> Job:
+        """Score by taylor once the gradients are there: weights times gradients."""
+        generator = torch.Generator().manual_seed(2)
+        gradients = [torch.empty_like(weight).normal_(generator=generator) for weight in self.weights]
+        kinds = [Kind.TAYLOR], [2.0]
+        expected = reference.score_filters(self.weights, *kinds, gradients, out_dtype=torch.float64)[0]
+
+        def check(scores: Tensor, tolerance: float = OUR_TOLERANCE, cancelled: float = 0.0) -> None:
+            error = (scores.double() - expected).abs() - cancelled * expected.amax()
+            if not (error <= tolerance * expected).all():
+                raise MfpError(f"taylor: relative error {(error / expected).amax():.1e} against the oracle")
+
+        def loop() -> Tensor:
+            pairs = zip(self.weights, gradients, strict=True)
+            return torch.cat([(weight * gradient).flatten(1).sum(1).square() for weight, gradient in pairs])
+
+        contestants = [
+            Contestant("mfp", lambda: ops.score_filters(self.weights, *kinds, gradients)[0], check),
+            Contestant(peers.LOOPS[0], loop, lambda scores: check(scores, PEER_TOLERANCE, 1e-6)),  # in float32
+        ]
+        nbytes = 2 * self.weight_bytes
+        return Job("taylor, given the gradients", contestants, nbytes=nbytes, limit=lambda ls: nbytes / ls.copy)
 
     def masking(self) -> Job:
         """Zero the pruned rows of all weights."""

@@ -71,7 +71,7 @@ class RunConfig:
         None, "parts of layer names that are not pruned, by commas; downsample if not given, none where coupled"
     )
     layer_rates: dict[str, float] = _option({}, "rates of single layers, as conv1=0,fc=0.2")
-    calibration_batches: int = _option(2, "batches of training images for attributes that need data")
+    calibration_batches: int = _option(2, "batches of training images for attributes that need data, and for taylor")
 
     epochs: int = _option(15, "epochs")
     batch: int = _option(64, "images per optimiser step, over all processes")

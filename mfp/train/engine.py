@@ -263,11 +263,7 @@ class Trainer:
         # before the decision: ranks that differ could otherwise try different neighbours, and wait for each other
         self._require_equal_weights()
         holds = self.pruner.mode == "hard" and self.pruner.mask is not None
-        if (
-            self.world.first
-            and not holds
-            and (self.pruner.mask is None or self.epoch == self.config.choosing_epochs - 1)
-        ):
+        if not holds and (self.pruner.mask is None or self.epoch == self.config.choosing_epochs - 1):
             self._write_scores()
         decision = self.pruner.step(self.epoch)
         if decision is None:
@@ -293,8 +289,10 @@ class Trainer:
             self.world.require_equal(digest_of(self.model.state_dict()), f"the weights after epoch {self.epoch + 1}")
 
     def _write_scores(self) -> None:
-        """All scores as they are before the last pruning, for the report."""
-        scores = mfp.score_filters(self.pruner.plan, self.pruner.criteria)
+        """All scores as they are before the last pruning, for the report. All ranks score, the first one writes."""
+        scores = self.pruner.score()
+        if not self.world.first:
+            return
         names = {layer.name: [layer.offset, layer.num_filters] for layer in self.pruner.plan.layers}
         tensors = {name: value.cpu() for name, value in scores.items()}
         self._write("scores.safetensors", to_safetensors(tensors, {"layers": json.dumps(names)}))

@@ -93,7 +93,8 @@ struct Shape {
   int64_t filters, size;
 };
 
-static double expected_score(const Numbers& w, const Shape& shape, const Criterion& c, int64_t j) {
+static double expected_score(const Numbers& w, const Numbers& gradients, const Shape& shape, const Criterion& c,
+                             int64_t j) {
   const int64_t n = shape.filters, k = shape.size;
   const auto norm = [&](int64_t i, double p) {
     double sum = 0;
@@ -101,6 +102,11 @@ static double expected_score(const Numbers& w, const Shape& shape, const Criteri
     return std::pow(sum, 1 / p);
   };
   if (c.kind == Kind::norm) return norm(j, c.exponent);
+  if (c.kind == Kind::taylor) {
+    double sum = 0;
+    for (int64_t x = 0; x < k; ++x) sum += w[j * k + x] * gradients[j * k + x];
+    return sum * sum;
+  }
   double score = 0;
   const double length = norm(j, 2);
   for (int64_t i = 0; i < n; ++i) {
@@ -124,11 +130,12 @@ static double expected_score(const Numbers& w, const Shape& shape, const Criteri
 }
 
 static void check_scores(const std::vector<Shape>& shapes, DType dtype, std::mt19937& random) {
-  std::vector<Numbers> weights;
-  std::vector<Layer> layers;
+  std::vector<Numbers> weights, gradients;
+  std::vector<Layer> layers, gradient_layers;
   int64_t total = 0;
   for (const Shape& shape : shapes) {
     weights.emplace_back(dtype, shape.filters * shape.size, random);
+    gradients.emplace_back(total % 2 ? dtype : DType::float32, shape.filters * shape.size, random);
     if (shape.filters > 4 && shape.size > 0) {  // two all-zero filters, and a duplicate
       const int64_t bytes = weights.back().bytes.size() / shape.filters;
       weights.back().zero(0, shape.size);
@@ -139,21 +146,24 @@ static void check_scores(const std::vector<Shape>& shapes, DType dtype, std::mt1
   }
   for (size_t l = 0; l < shapes.size(); ++l) {
     layers.push_back({weights[l].bytes.data(), dtype, shapes[l].filters, shapes[l].size});
+    gradient_layers.push_back({gradients[l].bytes.data(), gradients[l].dtype, shapes[l].filters, shapes[l].size});
   }
   const std::vector<Criterion> criteria = {
       {Kind::norm, 1},     {Kind::norm, 2},     {Kind::norm, 2.5},          {Kind::distance, 1},
-      {Kind::distance, 2}, {Kind::distance, 3}, {Kind::cosine_distance, 2}, {Kind::weighted_hybrid, 2}};
+      {Kind::distance, 2}, {Kind::distance, 3}, {Kind::cosine_distance, 2}, {Kind::weighted_hybrid, 2},
+      {Kind::taylor, 2}};
   std::vector<double> expected;
   for (const Criterion& c : criteria) {
     for (size_t l = 0; l < shapes.size(); ++l) {
-      for (int64_t j = 0; j < shapes[l].filters; ++j) expected.push_back(expected_score(weights[l], shapes[l], c, j));
+      for (int64_t j = 0; j < shapes[l].filters; ++j)
+        expected.push_back(expected_score(weights[l], gradients[l], shapes[l], c, j));
     }
   }
   for (Isa isa : levels()) {
     std::vector<float> first;
     for (int threads : {1, 3}) {
       std::vector<float> scores(criteria.size() * total);
-      compute_scores(layers, criteria, scores.data(), threads, isa);
+      compute_scores(layers, gradient_layers, criteria, scores.data(), threads, isa);
       for (size_t i = 0; i < scores.size(); ++i) {
         const bool good = std::fabs(scores[i] - expected[i]) <= 1e-5 * std::fabs(expected[i]) + 1e-12;
         expect(good, std::string("score ") + std::to_string(i) + " of " + std::to_string(shapes[0].filters) + "x" +
@@ -168,19 +178,20 @@ static void check_scores(const std::vector<Shape>& shapes, DType dtype, std::mt1
 
 static void check_single_criteria(std::mt19937& random) {
   const Shape shape = {70, 37};
-  const Numbers weights(DType::float32, shape.filters * shape.size, random);
+  const Numbers weights(DType::float32, shape.filters * shape.size, random);  // and their own gradients
   const std::vector<Layer> layers = {{weights.bytes.data(), DType::float32, shape.filters, shape.size}};
   for (const Criterion& c : {Criterion{Kind::norm, 1},
                              {Kind::distance, 1},
                              {Kind::distance, 2},
                              {Kind::distance, 1.5},
                              {Kind::cosine_distance, 2},
-                             {Kind::weighted_hybrid, 2}}) {
+                             {Kind::weighted_hybrid, 2},
+                             {Kind::taylor, 2}}) {
     for (Isa isa : levels()) {
       std::vector<float> scores(shape.filters);
-      compute_scores(layers, {c}, scores.data(), 2, isa);
+      compute_scores(layers, layers, {c}, scores.data(), 2, isa);
       for (int64_t j = 0; j < shape.filters; ++j) {
-        const double expected = expected_score(weights, shape, c, j);
+        const double expected = expected_score(weights, weights, shape, c, j);
         expect(std::fabs(scores[j] - expected) <= 1e-5 * expected, "a criterion alone");
       }
     }
@@ -199,9 +210,11 @@ static void check_not_finite(std::mt19937& random) {
                                  {Kind::distance, 2},
                                  {Kind::distance, 3},
                                  {Kind::cosine_distance, 2},
-                                 {Kind::weighted_hybrid, 2}}) {
+                                 {Kind::weighted_hybrid, 2},
+                                 {Kind::taylor, 2}}) {
         std::vector<float> scores(shape.filters);
-        compute_scores({{weights.bytes.data(), DType::float32, shape.filters, shape.size}}, {c}, scores.data(), 1, isa);
+        const std::vector<Layer> layers = {{weights.bytes.data(), DType::float32, shape.filters, shape.size}};
+        compute_scores(layers, layers, {c}, scores.data(), 1, isa);
         expect(!std::isfinite(scores[2]), "a filter that is not finite has a finite score");
       }
     }
