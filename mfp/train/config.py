@@ -59,7 +59,11 @@ class RunConfig:
     settle: float = _option(0.55, "share of the epochs, at the end, in which the mask holds and kept filters learn")
     per_layer: bool = _option(False, "choose the criterion per layer (attributes without data)")
     mask_bn: bool = _option(True, "zero the BatchNorm of a pruned filter with it (the papers do not)")
-    recalibrate: bool = _option(False, "re-estimate BatchNorm statistics after each pruning")
+    recalibrate: bool | None = _option(
+        None,
+        "re-estimate BatchNorm statistics for each neighbour and after each pruning; if not given, where the "
+        "attribute looks at data (the papers do not)",
+    )  # fmt: skip
     residual: str = _option("index", "filters before additions: index (any go), keep (none go), coupled (together)")
     channel_multiple: int = _option(1, "round the filters kept per layer up to a multiple of this")
     skip: tuple[str, ...] | None = _option(
