@@ -6,6 +6,7 @@ filters for good at the end.
 """
 
 from mfp import backend, ops, optim
+from mfp.allocation import RatesForTarget, Sensitivities, find_rates, measure_sensitivities
 from mfp.attributes import recalibrate_batchnorm
 from mfp.compact import CompactReport, compact, compact_optimizer, flops
 from mfp.criteria import PAPER_CRITERIA
@@ -32,13 +33,17 @@ __all__ = [
     "FilterScores",
     "MfpError",
     "RateForTarget",
+    "RatesForTarget",
+    "Sensitivities",
     "backend",
     "compact",
     "compact_optimizer",
     "export",
     "find_rate",
+    "find_rates",
     "flops",
     "load",
+    "measure_sensitivities",
     "ops",
     "optim",
     "prune_filters_",

@@ -43,12 +43,21 @@ def measure(model: nn.Module, batches: Batches) -> dict[str, float]:
     device = next(model.parameters()).device
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     for inputs, targets in batches:
-        inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        logits = model(inputs).float()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = best == targets[:, None]
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        totals += torch.stack([loss, (~hits[:, :1]).sum(), (~hits.any(1)).sum(), targets.new_tensor(len(targets))])
+        totals += tally(model(inputs.to(device, non_blocking=True)), targets.to(device, non_blocking=True))
+    return metrics(totals)
+
+
+def tally(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sums over a batch: cross-entropy, images not in the first place, not among the first five, images; float64."""
+    logits = logits.float()
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = best == targets[:, None]
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    return torch.stack([loss, (~hits[:, :1]).sum(), (~hits.any(1)).sum(), targets.new_tensor(len(targets))]).double()
+
+
+def metrics(totals: Tensor) -> dict[str, float]:
+    """Means from the sums of :func:`tally`, over all processes where torch.distributed is running."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(totals)
     if totals[3] == 0:
@@ -64,6 +73,11 @@ WITHOUT_DATA: dict[str, Callable[[Mapping[str, Tensor], Tensor], float]] = {
 #: Criteria that the attributes without data are computed from.
 NEEDED_SCORES = {"weight_energy": "l2_norm", "sparsity": "l1_norm"}
 WITH_DATA = ("loss", "top1_error", "top5_error")
+
+
+def looks_at_data(attribute: str | Callable[[nn.Module], float]) -> bool:
+    """Whether an attribute is measured by running the network."""
+    return callable(attribute) or attribute in WITH_DATA
 
 
 def check(attribute: str | Callable[[nn.Module], float], calibration: Batches | None) -> None:

@@ -172,7 +172,7 @@ def _options() -> Iterator[inspect.Parameter]:
 
     for setting in dataclasses.fields(RunConfig):
         default = getattr(RunConfig(), setting.name)
-        kind: Any = type(default) if default is not None else str | None
+        kind: Any = type(default) if default is not None else bool | None if "bool" in setting.type else str | None
         if isinstance(default, (tuple, dict)):
             kind, default = str, ",".join(default)
         option = Annotated[kind, typer.Option(help=setting.metadata["help"])]

@@ -218,13 +218,13 @@ class FilterPlan:
 
     def scaled(self, factor: float) -> FilterPlan:
         """The same layers with all rates times ``factor`` in [0, 1]: a point on the way to the final rates."""
+        return self.with_rates({layer.name: layer.rate * factor for layer in self.layers})
+
+    def with_rates(self, rates: Mapping[str, float]) -> FilterPlan:
+        """The same layers, some with other rates, by name."""
         layers = [
-            replace(
-                layer,
-                rate=layer.rate * factor,
-                num_pruned=count_pruned(layer.num_filters, layer.rate * factor, self.channel_multiple),
-            )
-            for layer in self.layers
+            replace(layer, rate=rate, num_pruned=count_pruned(layer.num_filters, rate, self.channel_multiple))
+            for layer, rate in ((layer, rates.get(layer.name, layer.rate)) for layer in self.layers)
         ]
         return FilterPlan(self.model, layers, self.channel_multiple)
 

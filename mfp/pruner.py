@@ -13,7 +13,7 @@ from torch import nn
 from mfp import attributes, schedule
 from mfp.attributes import Batches, recalibrate_batchnorm
 from mfp.criteria import PAPER_CRITERIA
-from mfp.errors import MfpError
+from mfp.errors import CaptureError, MfpError
 from mfp.example import FirstBatch
 from mfp.gradients import Loss
 from mfp.mask import FilterMask
@@ -23,6 +23,7 @@ from mfp.scores import FilterScores, batchnorm_scales, check_calibration, check_
 from mfp.selection import prune_filters_, select_filters
 from mfp.sleep import Sleepers
 from mfp.structure import takes_images
+from mfp.variants import Statistics, Variants
 
 STATE_VERSION = 1
 
@@ -68,6 +69,7 @@ class _Choice(NamedTuple):
     before: float | None
     after: float | None
     neighbours: dict[str, float]
+    statistics: Statistics | None = None  # of the BatchNorms, where they were estimated for the choice
 
 
 class FilterPruner:
@@ -101,8 +103,10 @@ class FilterPruner:
         example_input: what the model takes (as for :func:`mfp.compact`): its graph is captured for the plan. Without it
             the calibration batches serve, or a plain image, or the first batch that the model sees from now on.
         per_layer: choose the criterion for each layer; only for attributes without data.
-        recalibrate: estimate BatchNorm statistics anew on the calibration batches after each pruning, and before a
-            neighbour is measured.
+        recalibrate: estimate BatchNorm statistics anew on the calibration batches, for the network and each neighbour
+            before they are measured, and after each pruning. A pruned network with the statistics of the whole one is
+            near chance whatever was pruned. None: where the attribute looks at data and there are calibration batches.
+            False is the papers' way.
 
     Raises:
         MfpError: any argument that does not fit; nothing was changed then.
@@ -127,7 +131,7 @@ class FilterPruner:
         residual: str = "index",
         example_input: Any = None,
         per_layer: bool = False,
-        recalibrate: bool = False,
+        recalibrate: bool | None = None,
     ) -> None:
         self.model = unwrap(model)
         known = check_criteria(criteria)
@@ -141,6 +145,8 @@ class FilterPruner:
                 f"per_layer=True needs an attribute without data ({', '.join(attributes.WITHOUT_DATA)}), "
                 f"not {attribute!r}"
             )
+        if recalibrate is None:
+            recalibrate = attributes.looks_at_data(attribute) and bool(calibration)
         if recalibrate and not calibration:
             raise MfpError("recalibrate=True needs calibration batches")
         self.attribute, self.calibration, self.loss = attribute, calibration, loss
@@ -153,6 +159,7 @@ class FilterPruner:
         }  # fmt: skip
         self._plan: FilterPlan | None = None
         self._sleepers: Sleepers | None = None
+        self._variants: Variants | None = None
         self._first_batch: FirstBatch | None = None
         if example_input is None and calibration:
             example_input = FirstBatch.part_of(self.model, (calibration[0][0],), {})
@@ -223,7 +230,7 @@ class FilterPruner:
         if self.mask_bn and self.mode != "hard":
             self.sleepers.lay_down(values, choice.mask)
         if self.recalibrate:
-            recalibrate_batchnorm(self.model, self.calibration)
+            self._settle(choice.statistics)
         decision = Decision(
             epoch=epoch,
             rate_factor=factor,
@@ -269,10 +276,11 @@ class FilterPruner:
         if self.attribute in attributes.WITHOUT_DATA:
             measure = attributes.WITHOUT_DATA[self.attribute]
             before, values = 1.0, {c: measure(scores, mask.keep) for c, mask in masks.items()}
+            statistics: dict[str, Statistics] = {}
         else:
-            before, values = self._measure(masks)
+            before, values, statistics = self._measure(masks)
         chosen = _closest(before, values)
-        return _Choice(chosen, masks[chosen], before, values[chosen], values)
+        return _Choice(chosen, masks[chosen], before, values[chosen], values, statistics.get(masks[chosen].digest))
 
     def _choose_per_layer(self, scores: FilterScores, masks: dict[str, FilterMask]) -> _Choice:
         measure = attributes.WITHOUT_DATA[self.attribute]
@@ -283,27 +291,47 @@ class FilterPruner:
         mask = select_filters(scores, chosen)
         return _Choice(chosen, mask, 1.0, measure(scores, mask.keep), {})
 
-    def _measure(self, masks: dict[str, FilterMask]) -> tuple[float, dict[str, float]]:
-        """The attribute of the network as it is and of each neighbour; equal masks are tried once."""
-        with trying(self.model, list(masks.values()), self.mask_bn) as trial:
-            before = trial.measure(None, self._attribute_of)
-            known: dict[str, float] = {}
-            values = {}
-            for criterion, mask in masks.items():
-                if mask.digest not in known:
-                    known[mask.digest] = trial.measure(mask, self._attribute_of_pruned)
-                values[criterion] = known[mask.digest]
-        return before, values
+    def _measure(self, masks: dict[str, FilterMask]) -> tuple[float, dict[str, float], dict[str, Statistics]]:
+        """The attribute of the network as it is and of each neighbour, and the statistics of the neighbours where they
+        are known; equal masks are tried once."""
+        distinct = {mask.digest: mask for mask in masks.values()}
+        variants = self._known_variants() if self.recalibrate and isinstance(self.attribute, str) else None
+        if variants is not None:
+            found = variants.run([None, *distinct.values()], self.calibration, mask_bn=self.mask_bn)
+            values = [variant.metrics[self.attribute] for variant in found]
+            statistics = dict(zip(distinct, (variant.statistics for variant in found[1:]), strict=True))
+        else:
+            with trying(self.model, list(distinct.values()), self.mask_bn) as trial:
+                values = [trial.measure(mask, self._attribute_of) for mask in (None, *distinct.values())]
+            statistics = {}
+        known = dict(zip(distinct, values[1:], strict=True))
+        return values[0], {c: known[mask.digest] for c, mask in masks.items()}, statistics
 
     def _attribute_of(self, model: nn.Module) -> float:
+        if self.recalibrate:
+            self._settle()
         if callable(self.attribute):
             return self.attribute(model)
         return attributes.measure(model, self.calibration)[self.attribute]
 
-    def _attribute_of_pruned(self, model: nn.Module) -> float:
-        if self.recalibrate:
-            recalibrate_batchnorm(model, self.calibration)
-        return self._attribute_of(model)
+    def _settle(self, statistics: Statistics | None = None) -> None:
+        """New BatchNorm statistics for the network as it is, those given where they were estimated already."""
+        variants = self._known_variants()
+        if variants is None:
+            recalibrate_batchnorm(self.model, self.calibration)
+            return
+        if statistics is None:
+            statistics = variants.run([None], self.calibration, measure=False)[0].statistics
+        variants.settle_(statistics, self.calibration)
+
+    def _known_variants(self) -> Variants | None:
+        """The network's graph, captured once; None where it cannot be, and the module itself must run."""
+        if self._variants is None or not self._variants.fits():
+            try:
+                self._variants = Variants(self.model, self.calibration)
+            except CaptureError:
+                return None
+        return self._variants
 
     def state_dict(self) -> dict:
         """What a resumed run needs: plain values for JSON, and tensors.

@@ -58,6 +58,7 @@ class _Run:
         if self.config is None:
             raise MfpError(f"{directory} is not the directory of a run: it has no config.json")
         self.result = self._json("result.json")
+        self.rates = self._json("rates.json")
         self.dense, self.pruned = (self._epochs(kind) for kind in ("dense", "pruned"))
         if not self.pruned and not self.dense:
             raise MfpError(f"{directory} holds no finished epoch yet: wait for the first one")
@@ -99,11 +100,20 @@ class _Run:
 
 def _page(run: _Run) -> str:
     name = f"{run.config['arch']} on {run.config['data']}"
-    sections = [_summary(run), _training(run), _choices(run), _distributions(run), _kept(run), _settings(run)]
+    sections = [
+        _summary(run),
+        _training(run),
+        _choices(run),
+        _rates(run),
+        _distributions(run),
+        _kept(run),
+        _settings(run),
+    ]
+    pruned = f"{100 * run.config['rate']:g} %" if run.rates is None else "rates that suit the layers"
     return (
         f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>mfp: {escape(name)}</title>"
         f"<link rel='icon' href='data:,'><style>{STYLE}</style></head><body><h1>{escape(name)}: "
-        f"pruned by {100 * run.config['rate']:g} %</h1>\n" + "\n".join(filter(None, sections)) + "\n</body></html>\n"
+        f"pruned by {pruned}</h1>\n" + "\n".join(filter(None, sections)) + "\n</body></html>\n"
     )
 
 
@@ -179,6 +189,27 @@ def _choices(run: _Run) -> str:
     ]) + _table(header, won)  # fmt: skip
 
 
+def _rates(run: _Run) -> str:
+    if run.rates is None:
+        return ""
+    rates, whole = run.rates["layer_rates"], run.rates["sensitivities"]["loss"]
+    curves = {
+        layer: [(0.0, whole), *((float(rate), loss) for rate, loss in losses.items() if math.isfinite(loss))]
+        for layer, losses in run.rates["sensitivities"]["losses"].items()
+    }
+    right, top = (max(values) for values in zip(*(point for curve in curves.values() for point in curve), strict=True))
+    left = f"{run.rates['reached'] / run.rates['dense']:.1%} of the {escape(run.rates['what'])} are left"
+    text = (
+        "<p>Calibrated loss when that layer alone is pruned, against the rate, all on one scale; the line marks the "
+        f"rate that was chosen. With these rates {left}.</p>"
+    )
+    figures = [
+        _figure(f"{layer}: {rates[layer]:g}", _curve(curve, rates[layer], right, top))
+        for layer, curve in curves.items()
+    ]
+    return "<h2>How sensitive the layers are, and their rates</h2>" + text + _charts(figures)
+
+
 def _distributions(run: _Run) -> str:
     shown = [name for name in ("l2_norm", "l2_distance") if name in run.scores] or list(run.scores)[:2]
     if not shown:
@@ -187,7 +218,8 @@ def _distributions(run: _Run) -> str:
     for layer, (offset, count) in run.layers.items():
         for name in shown:
             values = sorted(run.scores[name][offset : offset + count])
-            pruned = count - run.result["kept"][layer][0] if run.result else int(count * run.config["rate"])
+            rate = run.config["rate"] if run.rates is None else run.rates["layer_rates"][layer]
+            pruned = count - run.result["kept"][layer][0] if run.result else int(count * rate)
             colour = COLOURS[list(run.scores).index(name) % len(COLOURS)]
             figures.append(_figure(f"{layer}: {name}", _histogram(values, pruned, colour)))
     text = "<p>Scores of all filters right before the last pruning; the criterion prunes those left of the line.</p>"
@@ -248,6 +280,19 @@ def _lines(series: dict[str, Points], marks: Sequence[tuple[float, str]] = ()) -
     return axes.svg("".join(parts), "epoch")
 
 
+def _curve(points: Points, mark: float, right: float, top: float) -> str:
+    """A small line with a dashed one upright."""
+    axes = _Axes(0.0, right, min(y for _, y in points), top, 240, 150)
+    path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in points)
+    line = f"<polyline points='{path}' fill='none' stroke='{COLOURS[0]}' stroke-width='1.8'/>"
+    return axes.svg(line + _upright(axes, mark), "")
+
+
+def _upright(axes: _Axes, value: float) -> str:
+    place = f"x1='{axes.x(value):.1f}' x2='{axes.x(value):.1f}' y1='{TOP}' y2='{axes.height - BOTTOM}'"
+    return f"<line {place} stroke='#000' stroke-dasharray='4 3'/>"
+
+
 def _histogram(values: Sequence[float], pruned: int, colour: str, bins: int = 24) -> str:
     low, high = values[0], values[-1]
     width = (high - low) / bins or 1.0
@@ -263,10 +308,7 @@ def _histogram(values: Sequence[float], pruned: int, colour: str, bins: int = 24
         if count
     ]
     if 0 < pruned < len(values):
-        x = axes.x((values[pruned - 1] + values[pruned]) / 2)
-        parts.append(
-            f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{TOP}' y2='{axes.y(0):.1f}' stroke='#000' stroke-dasharray='4 3'/>"
-        )
+        parts.append(_upright(axes, (values[pruned - 1] + values[pruned]) / 2))
     return axes.svg("".join(parts), "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import tempfile
@@ -29,6 +30,10 @@ COUNTED_STEP, MEASURED_STEP = 0.001, 0.01  # how finely rates are searched
 MULTIPLES = (1, 4, 8, 16)  # of filters kept, that are tried where time is the target
 NEARBY = 6  # steps: where the rate for another multiple is looked for first
 UNITS = {"flops": "multiply-adds", "parameters": "parameters", "milliseconds": "ms"}
+
+
+class Unreachable(MfpError):
+    """A target that no rates reach."""
 
 
 @dataclass(frozen=True)
@@ -99,43 +104,75 @@ def find_rate(
             engine that is not there.
     """
     targets = {"target_flops": target_flops, "target_parameters": target_parameters, "milliseconds": milliseconds}
-    given = {name: target for name, target in targets.items() if target is not None}
-    if len(given) != 1:
-        raise MfpError("give exactly one of target_flops, target_parameters and milliseconds")
-    ((name, target),) = given.items()
-    what = name.removeprefix("target_")
-    check_engine(engine)
-    model = copy.deepcopy(unwrap(model)).eval()
-    arguments = tuple(example_arguments(model, example_input).values())
-    measure: Callable[[nn.Module], float] = {
-        "flops": lambda small: float(flops(small, arguments)),
-        "parameters": lambda small: float(count_parameters(small)),
-        "milliseconds": lambda small: _time(small, model, example_input, engine, say),
-    }[what]
-    serving = what == "milliseconds" and engine == "mfp"
-    candidates = _Candidates(model, example_input, criterion, serving, plan_arguments)
-    dense = measure(candidates.compact_at(0.0))
-    asked = absolute(name, target, dense)
+    costs = Costs(model, example_input, targets, engine, criterion, say, plan_arguments)
 
-    def search(multiple: int, near: RateForTarget | None = None) -> RateForTarget:
-        step = MEASURED_STEP if what == "milliseconds" else COUNTED_STEP
-        cost = lambda rate: measure(candidates.compact_at(rate, multiple))  # noqa: E731
-        return replace(_search(name, asked, dense, step, cost, near), channel_multiple=multiple)
+    def search(multiple: int, near: RateForTarget | None) -> RateForTarget:
+        cost = lambda rate: costs.of(multiple, rate=rate)  # noqa: E731
+        return replace(_search(costs.name, costs.asked, costs.dense, costs.step, cost, near), channel_multiple=multiple)
 
-    if what != "milliseconds" or "channel_multiple" in plan_arguments or dense <= asked:
-        return search(plan_arguments.get("channel_multiple", 1))
-    found = search(MULTIPLES[0])
-    found = [found, *(search(multiple, found) for multiple in MULTIPLES[1:])]
-    kept = [flops(candidates.compact_at(each.rate, each.channel_multiple), arguments) for each in found]
-    best = found[max(range(len(found)), key=kept.__getitem__)]
-    tried = tuple(f"{each} and {count:,} multiply-adds" for each, count in zip(found, kept, strict=True))
-    return replace(best, tried=tried)
+    return costs.best_multiple(search, lambda found: {"rate": found.rate})
+
+
+class Costs:
+    """What compact networks of one model cost, and what they may: FLOPs, parameters, or time in an engine.
+
+    Attributes:
+        name, what: the argument that the target was given by, and what it limits.
+        asked, dense: what the network may cost, and what it costs unpruned.
+        step: how finely rates are searched.
+    """
+
+    def __init__(
+        self, model: nn.Module, example_input: Any, targets: dict[str, Any], engine: str, criterion: str,
+        say: Callable[[str], None], plan_arguments: dict[str, Any],
+    ) -> None:  # fmt: skip
+        given = {name: target for name, target in targets.items() if target is not None}
+        if len(given) != 1:
+            *others, last = targets
+            raise MfpError(f"give exactly one of {', '.join(others)} and {last}")
+        ((self.name, target),) = given.items()
+        self.what = self.name.removeprefix("target_")
+        check_engine(engine)
+        self.model = copy.deepcopy(unwrap(model)).eval()
+        self.example_input, self.plan_arguments = example_input, plan_arguments
+        self._arguments = tuple(example_arguments(self.model, example_input).values())
+        self._measure: Callable[[nn.Module], float] = {
+            "flops": lambda small: float(flops(small, self._arguments)),
+            "parameters": lambda small: float(count_parameters(small)),
+            "milliseconds": lambda small: _time(small, self.model, example_input, engine, say),
+        }[self.what]
+        self.step = MEASURED_STEP if self.what == "milliseconds" else COUNTED_STEP
+        serving = self.what == "milliseconds" and engine == "mfp"
+        self._candidates = _Candidates(self.model, example_input, criterion, serving, plan_arguments)
+        self.dense = self.of(1, rate=0.0, layer_rates=None)
+        self.asked = absolute(self.name, target, self.dense)
+
+    def of(self, multiple: int, **rates: Any) -> float:
+        """The cost of the compact network at these arguments of the plan."""
+        return self._measure(self._candidates.compact_at(multiple, **rates))
+
+    def best_multiple(self, search: Callable[[int, Any], Any], rates_of: Callable[[Any], dict[str, Any]]) -> Any:
+        """What ``search(multiple, what another multiple found)`` finds, for the multiple that suits the engine best
+        where time is the target and none was given: the one that keeps most multiply-adds."""
+        if self.what != "milliseconds" or "channel_multiple" in self.plan_arguments or self.dense <= self.asked:
+            return search(self.plan_arguments.get("channel_multiple", 1), None)
+        first = search(MULTIPLES[0], None)
+        found = [first]
+        for multiple in MULTIPLES[1:]:
+            with contextlib.suppress(Unreachable):  # rounded up that far, too much stays
+                found.append(search(multiple, first))
+        small = (self._candidates.compact_at(each.channel_multiple, **rates_of(each)) for each in found)
+        kept = [flops(network, self._arguments) for network in small]
+        best = found[max(range(len(found)), key=kept.__getitem__)]
+        tried = tuple(f"{each} and {count:,} multiply-adds" for each, count in zip(found, kept, strict=True))
+        return replace(best, tried=tried)
 
 
 def absolute(argument: str, target: str | float, dense: float) -> float:
-    """The target as a cost: ``"50%"`` of the dense one, or the number itself."""
+    """The target as a cost: ``"50%"`` of the dense one, or the number itself; a count below 1 is meant as a share."""
     try:
         value = float(target[:-1]) / 100 * dense if isinstance(target, str) and target.endswith("%") else float(target)
+        value = value * dense if value < 1 and argument != "milliseconds" and not isinstance(target, str) else value
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
@@ -151,32 +188,39 @@ def _search(
     what = argument.removeprefix("target_")
     if dense <= asked:
         return RateForTarget(0.0, what, asked, dense, dense)
-    low, high = 0, int(HIGHEST_RATE / step)
-    reached = None
-    if near is not None:
-        start = round(near.rate / step)
+    highest = int(HIGHEST_RATE / step)
+    start = None if near is None else round(near.rate / step)
+    index, reached = first_within(asked, highest, lambda number: cost(number * step), start)
+    if reached > asked:
+        raise Unreachable(
+            f"{argument} of {asked:,.6g} {UNITS[what]} cannot be reached: at rate {index * step:g} the network still "
+            f"takes {reached:,.6g} of {dense:,.6g} ({reached / dense:.1%}); what stays are layers that are not pruned"
+        )
+    return RateForTarget(round(index * step, 6), what, asked, reached, dense)
+
+
+def first_within(asked: float, last: int, cost: Callable[[int], float], start: int | None = None) -> tuple[int, float]:
+    """The smallest number up to ``last`` whose cost is at most ``asked``, and that cost; costs fall, and the one of 0
+    is too high. Where even the cost of ``last`` is, that one. ``start``: where to look first."""
+    low, high, reached = 0, last, None
+    if start is not None:
         for middle in (min(start + NEARBY, high), max(start - NEARBY, low)):
-            value = cost(middle * step)
+            value = cost(middle)
             if value <= asked:
                 high, reached = middle, value
             else:
                 low = middle
                 break
     if reached is None:
-        reached = cost(high * step)
-    if reached > asked:
-        raise MfpError(
-            f"{argument} of {asked:,.6g} {UNITS[what]} cannot be reached: at rate {high * step:g} the network still "
-            f"takes {reached:,.6g} of {dense:,.6g} ({reached / dense:.1%}); what stays are layers that are not pruned"
-        )
-    while high - low > 1:
+        reached = cost(high)
+    while reached <= asked and high - low > 1:
         middle = (low + high) // 2
-        value = cost(middle * step)
+        value = cost(middle)
         if value <= asked:
             high, reached = middle, value
         else:
             low = middle
-    return RateForTarget(round(high * step, 6), what, asked, reached, dense)
+    return high, reached
 
 
 class _Candidates:
@@ -190,8 +234,8 @@ class _Candidates:
         self.state = {name: value.clone() for name, value in model.state_dict().items()}
         self.scores = score_filters(FilterPlan.from_model(model, 0.0, **self.plan_arguments), (criterion,))
 
-    def compact_at(self, rate: float, multiple: int = 1) -> nn.Module:
-        plan = FilterPlan.from_model(self.model, rate, **{"channel_multiple": multiple} | self.plan_arguments)
+    def compact_at(self, multiple: int, **rates: Any) -> nn.Module:
+        plan = FilterPlan.from_model(self.model, **{"channel_multiple": multiple} | self.plan_arguments | rates)
         select_filters(FilterScores(plan, self.scores.by_name)).apply_()
         try:
             with warnings.catch_warnings():

@@ -275,6 +275,48 @@ def test_a_target_instead_of_a_rate(command, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_rates_by_sensitivity(command, tmp_path):
+    directory = tmp_path / "run"
+    arguments = (
+        "prune",
+        *TINY,
+        "--epochs",
+        1,
+        "--target-flops",
+        "60%",
+        "--allocate",
+        "sensitivity",
+        "--output",
+        directory,
+    )
+    code, out, err = command(*arguments)
+    assert code == 0, err
+    found = json.loads((directory / "rates.json").read_text())
+    assert "for the target: rates " in out + err and len(set(found["layer_rates"].values())) == 2
+    result = json.loads((directory / "result.json").read_text())
+    assert result["compact"]["flops"] == found["reached"] <= 0.6 * result["dense"]["flops"]
+    assert result["config"]["layer_rates"] == found["layer_rates"]
+    assert result["kept"]["conv1"] == [8 - int(8 * found["layer_rates"]["conv1"]), 8]
+    # killed after the rates were found: they are taken from the file, and the run ends with the same bits
+    for path in (directory / "pruned").iterdir():
+        path.unlink()
+    (directory / "result.json").unlink()
+    code, _, err = command(*arguments, "--resume")
+    assert code == 0 and "for the target" not in err, err
+    assert json.loads((directory / "result.json").read_text())["digest"] == result["digest"]
+    assert command("compact", directory, "--model", TINY[1], "--output", tmp_path / "small.mfp")[0] == 0
+    (directory / "rates.json").write_text("{")
+    code, _, err = command(*arguments, "--resume")
+    assert code == 2 and "does not hold the rates of a run" in err
+    for wrong, said in (
+        (("--target-flops", "60%", "--no-dense"), "needs a trained network"),
+        (("--target-flops", "0.1%"), "cannot be reached: the nearest is"),  # found before anything is trained
+        ((), "needs a target"),
+    ):
+        code, _, err = command("prune", *TINY, "--allocate", "sensitivity", *wrong, "--output", tmp_path / "other")
+        assert code == 2 and said in err and not (tmp_path / "other").exists()
+
+
 def test_ctrl_c_leaves_a_run_that_can_be_resumed(command, tmp_path):
     directory = tmp_path / "run"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}

@@ -45,27 +45,39 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("recalibrate", [None, False])
 @pytest.mark.parametrize("attribute", ["loss", "top1_error", "top5_error"])
-def test_the_chosen_neighbour_is_the_closest(attribute):
+def test_the_chosen_neighbour_is_the_closest(attribute, recalibrate):
     """Checked by pruning copies with each criterion alone and measuring them."""
     model, batches = network(), data()
     train(model)
     start = state_of(model)
-    pruner = mfp.FilterPruner(model, 0.4, attribute=attribute, calibration=batches)
+    pruner = mfp.FilterPruner(model, 0.4, attribute=attribute, calibration=batches, recalibrate=recalibrate)
+    assert pruner.recalibrate is (recalibrate is None)
     decision = pruner.step(0)
-    values = {}
-    for criterion in mfp.PAPER_CRITERIA:
+
+    def measured(rate, criterion):
         alone = network()
         alone.load_state_dict(start)
-        mfp.prune_filters_(mfp.FilterPlan.from_model(alone, 0.4), criterion)
-        values[criterion] = mfp.attributes.measure(alone.eval(), batches)[attribute]
-    unpruned = network()
-    unpruned.load_state_dict(start)
-    before = mfp.attributes.measure(unpruned.eval(), batches)[attribute]
-    assert decision.attribute_before == before
-    assert decision.neighbours == values and len(values) == 5
+        mfp.FilterPruner(
+            alone, rate, criteria=(criterion,), attribute=attribute, calibration=batches, recalibrate=recalibrate
+        ).step(0)
+        return mfp.attributes.measure(alone.eval(), batches)[attribute]
+
+    values = {criterion: measured(0.4, criterion) for criterion in mfp.PAPER_CRITERIA}
+    before = measured(0.0, "l2_norm")
+    assert decision.attribute_before == pytest.approx(before, rel=1e-6)
+    assert decision.neighbours == pytest.approx(values, rel=1e-6) and len(values) == 5
     assert decision.criterion == min(values, key=lambda c: abs(values[c] - before))
-    assert decision.attribute_after == values[decision.criterion]
+    assert decision.attribute_after == decision.neighbours[decision.criterion]
+
+
+def test_statistics_are_re_estimated_where_the_attribute_looks_at_data():
+    batches = data()
+    for attribute, calibration, expected in (
+        ("loss", batches, True), (greedy, batches, True), (greedy, None, False), ("weight_energy", batches, False),
+    ):  # fmt: skip
+        assert mfp.FilterPruner(network(), attribute=attribute, calibration=calibration).recalibrate is expected
 
 
 def trace_of(model):
@@ -138,7 +150,7 @@ def test_trying_copies_the_weights_once(monkeypatch):
     copies = []
     clone = torch.Tensor.clone
     monkeypatch.setattr(torch.Tensor, "clone", lambda t, *a, **k: copies.append(t.numel()) or clone(t, *a, **k))
-    mfp.FilterPruner(model, attribute="loss", calibration=data()).step(0)
+    mfp.FilterPruner(model, attribute="loss", calibration=data(), recalibrate=False).step(0)
     assert 0 < sum(copies) <= sum(value.numel() for value in model.state_dict().values())
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -49,10 +50,9 @@ def test_the_page_needs_nothing_but_itself(finished):
     assert "http" not in page.replace("https://", "http://").split("<style>")[0]
 
 
-def test_every_chart_is_well_formed_and_inside_its_frame(finished):
-    page = write_report(finished[0]).read_text()
+def charts_of(page):
+    """All charts, after a look at whether they are well-formed and inside their frames."""
     charts = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(charts) == 1 + 4 + 2 + 4 + 1
     for chart in charts:
         root = ET.fromstring(chart)
         width, height = float(root.get("width")), float(root.get("height"))
@@ -64,6 +64,23 @@ def test_every_chart_is_well_formed_and_inside_its_frame(finished):
             for key in ("y", "y1", "y2", "cy"):
                 assert 0 <= float(shape.get(key, 0)) <= height + 1
             assert float(shape.get("height", 0)) >= 0
+    return charts
+
+
+def test_every_chart_is_well_formed_and_inside_its_frame(finished):
+    assert len(charts_of(write_report(finished[0]).read_text())) == 1 + 4 + 2 + 4 + 1
+
+
+def test_sensitivities_and_rates(finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished[0], copy)
+    losses = {"conv1": {"0.3": 2.5, "0.6": 3.0}, "conv2": {"0.3": 2.25, "0.6": float("nan")}}
+    rates = {"layer_rates": {"conv1": 0.05, "conv2": 0.45}, "what": "flops", "reached": 61.0, "dense": 100.0}
+    (copy / "rates.json").write_text(json.dumps(rates | {"sensitivities": {"loss": 2.0, "losses": losses}}))
+    page = write_report(copy).read_text()
+    for text in ("conv1: 0.05", "conv2: 0.45", "61.0% of the flops are left", "pruned by rates that suit the layers"):
+        assert text in page
+    assert len(charts_of(page)) == 1 + 4 + 2 + 4 + 1 + 2
 
 
 def test_a_run_that_is_not_finished(finished, tmp_path):

@@ -14,14 +14,16 @@ from mfp.errors import MfpError
 from mfp.plan import RESIDUAL
 from mfp.train.datasets import KNOWN
 
+ALLOCATIONS = ("uniform", "sensitivity")
 MODES = ("soft", "hard", "asymptotic", "cubic")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
 # These may change when a run is resumed: they do not change what it computes on a CPU.
 FREE = (
     "download", "workers", "device", "timeout", "checkpoint_every", "tensorboard", "compile", "dense",
-    # the rate that these led to is part of the run
+    # the rates that these led to are part of the run
     "target_flops", "target_parameters", "target_milliseconds", "engine",
+    "allocate",
 )  # fmt: skip
 
 
@@ -57,6 +59,9 @@ class RunConfig:
     target_parameters: str | None = _option(None, "find the rate: parameters that may remain, as 50% or a number")
     target_milliseconds: str | None = _option(None, "find the rate: time that may remain, as 7 (one image) or 60%")
     engine: str = _option("mfp", "where that time is measured: mfp, onnxruntime, openvino, torch.compile")
+    allocate: str = _option(
+        "uniform", "for such a target: uniform (one rate) or sensitivity (of each layer, by how the loss rises)"
+    )
     criteria: tuple[str, ...] = _option(PAPER_CRITERIA, "candidate criteria, separated by commas")
     attribute: str = _option("loss", "what the chosen criterion must keep: weight_energy, sparsity, loss, ...")
     mode: str = _option("soft", f"one of {', '.join(MODES)}")
@@ -64,7 +69,10 @@ class RunConfig:
     settle: float = _option(0.55, "share of the epochs, at the end, in which the mask holds and kept filters learn")
     per_layer: bool = _option(False, "choose the criterion per layer (attributes without data)")
     mask_bn: bool = _option(True, "zero the BatchNorm of a pruned filter with it (the papers do not)")
-    recalibrate: bool = _option(False, "re-estimate BatchNorm statistics after each pruning")
+    recalibrate: bool | None = _option(
+        None, "re-estimate BatchNorm statistics for each neighbour and after each pruning; if not given, where the "
+        "attribute looks at data (the papers do not)",
+    )  # fmt: skip
     residual: str = _option("index", "filters before additions: index (any go), keep (none go), coupled (together)")
     channel_multiple: int = _option(1, "round the filters kept per layer up to a multiple of this")
     skip: tuple[str, ...] | None = _option(
@@ -105,7 +113,8 @@ class RunConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check("rate", 0 <= self.rate < 1, "at least 0 and below 1")
         for name, choices in (
-            ("mode", MODES), ("schedule", SCHEDULES), ("precision", PRECISIONS), ("residual", RESIDUAL)
+            ("mode", MODES), ("schedule", SCHEDULES), ("precision", PRECISIONS), ("residual", RESIDUAL),
+            ("allocate", ALLOCATIONS),
         ):  # fmt: skip
             self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         self._check("validation", 0 <= self.validation < 1, "at least 0 and below 1")
@@ -120,6 +129,10 @@ class RunConfig:
         self._check("warmup_epochs", self.warmup_epochs < self.epochs, f"below --epochs {self.epochs}")
         self._check("settle", 0 <= self.settle < 1, "at least 0 and below 1")
         self._check("criteria", bool(self.criteria), "at least one name")
+        if self.by_sensitivity and not self.targets:
+            raise MfpError("--allocate sensitivity needs a target: --target-flops, -parameters or -milliseconds")
+        if self.by_sensitivity and not (self.weights or self.dense):
+            raise MfpError("--allocate sensitivity needs a trained network to look at: --weights, or no --no-dense")
         if self.batch % self.accumulate:
             raise MfpError(f"--batch {self.batch} cannot be cut into --accumulate {self.accumulate} equal parts")
 
@@ -133,6 +146,11 @@ class RunConfig:
         names = {"target_flops": "target_flops", "target_parameters": "target_parameters"}
         names |= {"target_milliseconds": "milliseconds"}
         return {name: getattr(self, own) for own, name in names.items() if getattr(self, own) is not None}
+
+    @property
+    def by_sensitivity(self) -> bool:
+        """Whether the layers get rates of their own, once there is a trained network."""
+        return self.allocate == "sensitivity"
 
     @property
     def choosing_epochs(self) -> int:

@@ -48,6 +48,10 @@ class Bar:
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
 
+    def at(self, done: int, total: int) -> None:
+        """For work whose extent turns out on the way."""
+        self.progress.update(self.task, completed=done, total=total)
+
     def advance(self, steps: int = 1, note: str | None = None) -> None:
         fields = {} if note is None else {"note": note}
         self.progress.update(self.task, advance=steps, **fields)

@@ -1,7 +1,8 @@
 """A whole run: train without and with pruning, remove the pruned filters, show what changed and what was gained.
 
 A run directory holds config.json, dense/ and pruned/ (each with epochs.csv and the last two checkpoints, pruned/
-also with the scores at the last pruning point), compact.mfp and result.json.
+also with the scores at the last pruning point), compact.mfp and result.json; rates.json where layers got rates of their
+own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import mfp
+from mfp.allocation import check_target
 from mfp.atomic import write_atomically
 from mfp.errors import MfpError
 from mfp.train.checkpoints import digest_of
@@ -55,8 +57,11 @@ def run(
     data = load_data(config.data, config.seed, download=config.download, validation=config.validation)
     # all that can be wrong with the settings is found before anything is trained or written
     model = make_network(config, data, world)
-    if config.targets and not stored.exists():
+    if config.targets and not config.by_sensitivity and not stored.exists():
         config = find_rate(config, model, data, world, reporter)
+    if config.by_sensitivity and "milliseconds" not in config.targets and not stored.exists():
+        example, targets, plan_arguments = rates_arguments(config, data, world)
+        check_target(model, example, targets, **plan_arguments)
     pruner = make_pruner(config, model, data, world)
     pruned = Trainer(config, data, model, directory / "pruned", pruner, world, reporter)
     dense = make_network(config, data, world)
@@ -67,6 +72,9 @@ def run(
         trainer = Trainer(config, data, dense, directory / "dense", world=world, reporter=reporter)
         _train(trainer, resume)
         dense = trainer.final_model
+    if config.by_sensitivity:
+        config = find_rates(config, model if config.weights else dense, data, world, directory, reporter)
+        pruned.config, pruned.pruner = config, make_pruner(config, model, data, world)
     _train(pruned, resume)
     result = {}
     if world.first:
@@ -118,6 +126,41 @@ def find_rate(config: RunConfig, model: nn.Module, data: ImageData, world: World
         answer = torch.tensor([found.rate, found.channel_multiple], dtype=torch.float64, device=world.device)
     world.broadcast_([answer])
     return dataclasses.replace(config, rate=float(answer[0]), channel_multiple=int(answer[1]))
+
+
+def find_rates(
+    config: RunConfig, trained: nn.Module, data: ImageData, world: World, directory: Path, reporter: Reporter
+) -> RunConfig:
+    """The configuration with rates for the layers that suit the target and this network, from rates.json where they
+    were found before. The ranks measure the losses together; rank 0 decides, since times differ from rank to rank."""
+    file = directory / "rates.json"
+    if not file.exists():
+        calibration = calibration_batches(config, data, world)
+        example, targets, plan_arguments = rates_arguments(config, data, world)
+        with reporter.bar("sensitivities", 1, 0) as bar:
+            sensitivities = mfp.measure_sensitivities(trained, example, calibration, advance=bar.at, **plan_arguments)
+        if world.first:
+            found = mfp.find_rates(
+                trained, example, calibration=calibration, sensitivities=sensitivities, engine=config.engine,
+                say=reporter.say, **plan_arguments, **targets,
+            )  # fmt: skip
+            reporter.say(f"for the target: {found}")
+            write_atomically(file, json.dumps(dataclasses.asdict(found), indent=2).encode())
+        world.barrier()
+    try:
+        found = json.loads(file.read_text())
+        return dataclasses.replace(config, layer_rates=found["layer_rates"], channel_multiple=found["channel_multiple"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise MfpError(f"{file} does not hold the rates of a run: {error}; delete it to find them again") from error
+
+
+def rates_arguments(config: RunConfig, data: ImageData, world: World) -> tuple[Tensor, dict[str, str], dict[str, Any]]:
+    """What mfp.find_rates is to be given: an example, the target, arguments of the plan."""
+    targets = {name.removeprefix("target_"): target for name, target in config.targets.items()}
+    plan = {"skip": config.skip, "layer_rates": config.layer_rates or None, "residual": config.residual}
+    if "milliseconds" not in targets or config.channel_multiple > 1:  # else the engine's own is looked for
+        plan["channel_multiple"] = config.channel_multiple
+    return data.example().to(world.device), targets, plan
 
 
 def make_pruner(config: RunConfig, model: nn.Module, data: ImageData, world: World) -> mfp.FilterPruner:

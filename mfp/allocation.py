@@ -1,0 +1,323 @@
+"""Rates that suit the layers: how much each one may lose, from how the loss rises when it alone is pruned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mfp.attributes import Batches
+from mfp.errors import MfpError
+from mfp.plan import FilterPlan, unwrap
+from mfp.scores import FilterScores, score_filters
+from mfp.selection import select_filters
+from mfp.targets import UNITS, Costs, Unreachable, first_within
+from mfp.variants import Variants
+
+RATES = (0.15, 0.3, 0.45, 0.6, 0.75)  # at which the loss is measured; straight lines between them
+STEP = 0.01  # how finely rates are chosen
+BROKEN = 1e9  # added by a rate whose loss is no number
+CONTRACTIONS = {getattr(torch.ops.aten, name) for name in ("conv1d", "conv2d", "conv3d", "linear")}
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """The calibrated loss of a network in which one layer is pruned, the others whole.
+
+    Attributes:
+        loss: of the unpruned network, with BatchNorm statistics estimated in the same way.
+        losses: layer -> rate -> loss; layers that lose the same filters (``residual="coupled"``) are pruned together.
+    """
+
+    loss: float
+    losses: dict[str, dict[float, float]]
+
+    def added(self, layer: str, rate: float) -> float:
+        """How much the loss rises at any rate up to the highest that was measured; never less than at a lower rate."""
+        below, risen = 0.0, 0.0
+        for measured, loss in sorted(self.losses[layer].items()):
+            higher = max(risen, loss - self.loss if math.isfinite(loss) else BROKEN)
+            if rate <= measured:
+                share = (rate - below) / (measured - below)
+                return risen + share * (higher - risen) if share > 0 else risen
+            below, risen = measured, higher
+        return risen
+
+
+@dataclass(frozen=True)
+class RatesForTarget:
+    """A rate for each layer, so that the target is met where pruning costs the least calibrated loss.
+
+    Attributes:
+        layer_rates: for ``FilterPlan.from_model`` or ``FilterPruner``; every layer of the plan is in it.
+        what: ``"flops"``, ``"parameters"`` or ``"milliseconds"``.
+        asked: the target as an absolute cost.
+        reached: the cost of the compact network at these rates.
+        dense: the cost without pruning.
+        sensitivities: what the rates were chosen by.
+        channel_multiple: for the plan too: as given, or chosen by measuring where time is the target.
+        tried: what was measured for each multiple that was tried, in words.
+    """
+
+    layer_rates: dict[str, float]
+    what: str
+    asked: float
+    reached: float
+    dense: float
+    sensitivities: Sensitivities
+    channel_multiple: int = 1
+    tried: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        low, high = min(self.layer_rates.values()), max(self.layer_rates.values())
+        multiple = f", filters in multiples of {self.channel_multiple}" if self.channel_multiple > 1 else ""
+        return (
+            f"rates {low:g} to {high:g}{multiple}: {self.reached:,.6g} of {self.dense:,.6g} {UNITS[self.what]} "
+            f"({self.reached / self.dense:.1%}; asked for {self.asked / self.dense:.1%})"
+        )
+
+
+def find_rates(
+    model: nn.Module,
+    example_input: Any,
+    *,
+    calibration: Batches,
+    flops: str | float | None = None,
+    parameters: str | float | None = None,
+    milliseconds: str | float | None = None,
+    engine: str = "mfp",
+    criterion: str = "l2_distance",
+    sensitivities: Sensitivities | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+    **plan_arguments: Any,
+) -> RatesForTarget:
+    """A rate for each layer of a trained network: those whose pruning raises the loss least lose most.
+
+    >>> found = mfp.find_rates(model, torch.zeros(1, 3, 224, 224), calibration=batches, flops=0.5)
+    >>> pruner = mfp.FilterPruner(model, layer_rates=found.layer_rates)
+
+    First each layer alone is pruned at the rates 0.15, 0.3, 0.45, 0.6 and 0.75, and the loss measured on the
+    calibration batches, after BatchNorm's statistics were re-estimated on them. Then rates rise step by step, each time
+    of the layer whose next rise adds least loss per multiply-add saved, until the compact network costs what was asked
+    for. The cost of a step follows from the rates so far, since a filter less also saves inputs of the layers behind.
+    The model is left as it is.
+
+    Args:
+        calibration: ``[(inputs, targets), ...]``; a thousand images are a good number. All of them are held at once.
+        flops, parameters, milliseconds: exactly one; what may remain, as a share of the unpruned network (``0.5`` or
+            ``"50%"``) or as a number (multiply-adds, parameters, milliseconds a forward pass).
+        engine: where time is measured, as for :func:`mfp.find_rate`.
+        criterion: which filters of a layer go.
+        sensitivities: of :func:`mfp.measure_sensitivities` or an earlier result, for another target.
+        say: is given a line about each network whose time was measured.
+        advance: is given the number of networks tried so far, and of all, while the sensitivities are measured.
+        plan_arguments: ``skip``, ``layer_rates`` (of layers whose rate is settled), ``channel_multiple``, ``residual``
+            of ``FilterPlan.from_model``.
+
+    Raises:
+        MfpError: not exactly one target, one that no rates reach (names the nearest), no calibration images, a model
+            that cannot be captured.
+    """
+    model = unwrap(model)
+    targets = {"flops": flops, "parameters": parameters, "milliseconds": milliseconds}
+    calibration = _checked(calibration)
+    costs = Costs(model, example_input, targets, engine, criterion, say, plan_arguments)
+    plan = _plan(model, example_input, plan_arguments)
+    units = _units(model, example_input, plan_arguments)
+
+    def cost(multiple: int, rates: Sequence[float]) -> float:
+        return costs.of(multiple, rate=0.0, layer_rates=_layer_rates(plan, units, rates))
+
+    _check_reachable(costs, plan, units)  # before the long part
+    if sensitivities is None:
+        sensitivities = measure_sensitivities(
+            model, example_input, calibration, criterion=criterion, advance=advance, **plan_arguments
+        )
+    path = _path(sensitivities, units, *_shares(model, plan, units, calibration, costs.what))
+    start: list[int] = []
+
+    def search(multiple: int, near: RatesForTarget | None) -> RatesForTarget:
+        index, reached = 0, cost(multiple, path[0])
+        if reached > costs.asked:
+            first = start[0] if near else None
+            index, reached = first_within(costs.asked, len(path) - 1, lambda i: cost(multiple, path[i]), first)
+        _check_reached(costs, reached, max(path[-1]))
+        start[:1] = [index]
+        return RatesForTarget(
+            _layer_rates(plan, units, path[index]),
+            costs.what,
+            costs.asked,
+            reached,
+            costs.dense,
+            sensitivities,
+            multiple,
+        )
+
+    return costs.best_multiple(search, lambda found: {"rate": 0.0, "layer_rates": found.layer_rates})
+
+
+def measure_sensitivities(
+    model: nn.Module,
+    example_input: Any,
+    calibration: Batches,
+    *,
+    criterion: str = "l2_distance",
+    rates: Sequence[float] = RATES,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+    **plan_arguments: Any,
+) -> Sensitivities:
+    """The loss with one layer pruned, for each layer and rate; arguments as for :func:`find_rates`.
+
+    What lies in front of the pruned layer is computed once for all of them. With torch.distributed running, each
+    process brings its own batches, and all get the same losses.
+    """
+    model, calibration = unwrap(model), _checked(calibration)
+    plan = _plan(model, example_input, plan_arguments)
+    scores = score_filters(plan, (criterion,)).by_name
+    units = _units(model, example_input, plan_arguments)
+    whole = plan.with_rates(dict.fromkeys((layer.name for layer in plan.layers), 0.0))
+    masks, of_mask = [None], {}  # equal ones (few filters, or rounded to the same number) are tried once
+    seen: dict[str, int] = {}
+    for names in units:
+        for rate in rates:
+            mask = select_filters(FilterScores(whole.with_rates(dict.fromkeys(names, rate)), scores))
+            number = 0 if mask.keep.all() else seen.setdefault(mask.digest, len(masks))
+            masks += [mask] if number == len(masks) else []
+            of_mask[names[0], rate] = number
+    done = iter(range(1, len(masks) + 1))
+    found = Variants(model, calibration).run(masks, calibration, advance=lambda: advance(next(done), len(masks)))
+    losses = {
+        name: {rate: found[of_mask[names[0], rate]].metrics["loss"] for rate in rates}
+        for names in units for name in names
+    }  # fmt: skip
+    return Sensitivities(found[0].metrics["loss"], losses)
+
+
+def check_target(model: nn.Module, example_input: Any, targets: dict[str, Any], **plan_arguments: Any) -> None:
+    """Raise MfpError for a target of :func:`find_rates` that no rates reach."""
+    model = unwrap(model)
+    costs = Costs(model, example_input, targets, "mfp", "l2_norm", lambda text: None, plan_arguments)
+    _check_reachable(costs, _plan(model, example_input, plan_arguments), _units(model, example_input, plan_arguments))
+
+
+def _check_reachable(costs: Costs, plan: FilterPlan, units: list[list[str]]) -> None:
+    rates = _layer_rates(plan, units, [max(RATES)] * len(units))
+    _check_reached(costs, costs.of(plan.channel_multiple, rate=0.0, layer_rates=rates), max(RATES))
+
+
+def _layer_rates(plan: FilterPlan, units: list[list[str]], rates: Sequence[float]) -> dict[str, float]:
+    """Rates by name: those of the units, and those that the plan has settled."""
+    found = {name: rate for rate, names in zip(rates, units, strict=True) for name in names}
+    return {layer.name: found.get(layer.name, layer.rate) for layer in plan.layers}
+
+
+def _check_reached(costs: Costs, reached: float, rate: float) -> None:
+    if reached > costs.asked:
+        raise Unreachable(
+            f"{costs.name} of {costs.asked:,.6g} {UNITS[costs.what]} cannot be reached: the nearest is "
+            f"{reached:,.6g} of {costs.dense:,.6g} ({reached / costs.dense:.1%}), with rate {rate:g} for every layer "
+            "that may be pruned"
+        )
+
+
+def _checked(calibration: Batches) -> list[tuple[Tensor, Tensor]]:
+    batches = list(calibration or ())
+    if not batches:
+        raise MfpError("sensitivities are measured on data: give calibration=[(inputs, targets), ...]")
+    return batches
+
+
+def _plan(model: nn.Module, example_input: Any, plan_arguments: Mapping[str, Any]) -> FilterPlan:
+    return FilterPlan.from_model(model, 0.0, example_input=example_input, **plan_arguments)
+
+
+def _units(model: nn.Module, example_input: Any, plan_arguments: Mapping[str, Any]) -> list[list[str]]:
+    """The layers whose rate is to be found; those that must lose the same filters stand together."""
+    plan = _plan(model, example_input, plan_arguments)
+    other = FilterPlan.from_model(model, 0.5, example_input=example_input, **plan_arguments)
+    units: dict[Any, list[str]] = {}
+    for layer, moved in zip(plan.layers, other.layers, strict=True):
+        if layer.rate != moved.rate:  # else the user has settled it
+            units.setdefault(layer.name if layer.group is None else layer.group, []).append(layer.name)
+    if not units:
+        raise MfpError("layer_rates settles the rates of all layers: there is none to be found")
+    return list(units.values())
+
+
+def _shares(
+    model: nn.Module, plan: FilterPlan, units: list[list[str]], calibration: Batches, what: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each conv or linear layer costs, and the share of its filters and of its inputs that each unit takes along
+    when it loses all of its own: ``[J]``, ``[J, U]``, ``[J, U]``. Seen, not derived: on two images, unit by unit."""
+    images = [(torch.cat([inputs[:2] for inputs, _ in calibration])[:2], None)]
+    whole = plan.with_rates(dict.fromkeys((layer.name for layer in plan.layers), 0.0))
+    halved = [whole.with_rates(dict.fromkeys(names, 0.5)) for names in units]
+    scores = score_filters(plan, ("l2_norm",)).by_name
+    masks = [None, *(select_filters(FilterScores(half, scores)) for half in halved)]
+    cost: dict[fx.Node, float] = {}
+    filters: dict[fx.Node, dict[int, Tensor]] = {}  # bool, which are there
+    inputs: dict[fx.Node, dict[int, Tensor]] = {}
+
+    def watch(node: fx.Node, arguments: list[tuple], group: list[int]) -> None:
+        if getattr(node.target, "overloadpacket", None) not in CONTRACTIONS:
+            return
+        value, weight = arguments[0][:2]
+        out, linear = node.meta["val"].shape, node.target.overloadpacket is torch.ops.aten.linear
+        places = out.numel() // out[-1] if linear else out[0] * math.prod(out[2:])
+        cost[node] = weight.numel() * (1 if what == "parameters" else places)
+        channels = value.flatten(0, -2).T if linear else value.transpose(0, 1).flatten(1)
+        grouped = len(channels) != weight.shape[1]  # then inputs go with the filters of their group
+        for number in group:
+            filters.setdefault(node, {})[number] = weight.flatten(1).any(1)
+            inputs.setdefault(node, {})[number] = channels.any(1) | grouped
+
+    Variants(model, images).run(masks, images, measure=False, watch=watch)
+
+    def lost(there: dict[fx.Node, dict[int, Tensor]]) -> Tensor:
+        shares = torch.zeros(len(cost), len(units), dtype=torch.float64)
+        for row, node in enumerate(cost):
+            for number, half in enumerate(halved):
+                layer = half[units[number][0]]
+                gone = (there[node][0] & ~there[node][number + 1]).double().mean()
+                shares[row, number] = gone * layer.num_filters / max(layer.num_pruned, 1)
+        return shares.clamp(0, 1)
+
+    return torch.tensor(list(cost.values()), dtype=torch.float64), lost(filters), lost(inputs)
+
+
+def _path(
+    sensitivities: Sensitivities, units: list[list[str]], cost: Tensor, filters: Tensor, inputs: Tensor
+) -> list[list[float]]:
+    """Rates of the units, rising in steps from none at all to the highest: at each place the unit rises next that adds
+    least loss for what it saves, to whichever measured rate is best."""
+    missing = [names[0] for names in units if names[0] not in sensitivities.losses]
+    if missing:
+        raise MfpError(f"the sensitivities are of another plan: layer {missing[0]!r} is not among them")
+    rates, path = torch.zeros(len(units), dtype=torch.float64), [[0.0] * len(units)]
+    added = [
+        {0.0: 0.0} | {rate: sensitivities.added(names[0], rate) for rate in sensitivities.losses[names[0]]}
+        for names in units
+    ]
+    while True:
+        left_filters, left_inputs = 1 - filters @ rates, 1 - inputs @ rates
+        saves = (
+            (filters.T @ (cost * left_inputs) + inputs.T @ (cost * left_filters)).clamp(min=1e-9).tolist()
+        )  # per rate
+        rises = [
+            ((loss - added[number][now]) / (saves[number] * (rate - now)), -saves[number] * (rate - now), number, rate)
+            for number, now in enumerate(path[-1])
+            for rate, loss in added[number].items() if rate > now
+        ]  # fmt: skip
+        if not rises:
+            return path
+        *_, number, rate = min(rises)
+        now = path[-1][number]
+        for step in range(1, round((rate - now) / STEP) + 1):
+            path.append([*path[-1][:number], round(now + step * STEP, 6), *path[-1][number + 1 :]])
+        path[-1][number] = rate
+        rates[number] = rate
