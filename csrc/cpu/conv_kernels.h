@@ -39,10 +39,14 @@ void find_spots(const Conv& conv, const PixelOrder& order, int64_t first_tile, i
   spots.clear(), tiles.clear();
   order.walk(
       first_tile, last_tile, [&](bool inside) { tiles.push_back({static_cast<int64_t>(spots.size()), inside}); },
-      [&](int64_t image, int64_t row, int64_t column) {
+      [&](int64_t image, int64_t row, int64_t column, int64_t count) {
         const int64_t y = row * conv.stride[0] - conv.padding[0], x = column * conv.stride[1] - conv.padding[1];
         const float* input = conv.input + ((image * conv.size[0] + y) * conv.size[1] + x) * conv.channels;
-        spots.push_back({input, y, x, (image * conv.out_size[0] + row) * conv.out_size[1] + column});
+        Spot spot = {input, y, x, (image * conv.out_size[0] + row) * conv.out_size[1] + column};
+        for (; count > 0;
+             --count, spot.input += conv.stride[1] * conv.channels, spot.column += conv.stride[1], ++spot.out) {
+          spots.push_back(spot);
+        }
       });
   tiles.push_back({static_cast<int64_t>(spots.size()), false});
 }
