@@ -4,6 +4,7 @@ Switches, all of them:
   MFP_CUDA=auto|0|1      build: CUDA kernels if possible (default), never, or fail when impossible
   MFP_BACKEND=NAME       run time: force reference, cpu, cuda or triton; nothing falls back silently
   MFP_CPU_ISA=NAME       run time: cap the CPU kernels at portable, avx2 or avx512
+  MFP_WINOGRAD=0         run time: no Winograd convolutions in the serving form on a CPU; plain sums
   MFP_DEBUG=1            run time: the command line shows tracebacks
   TORCH_CUDA_ARCH_LIST   build: GPU architectures (torch's own switch), default "8.0;9.0;10.0+PTX"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mfp import ops
-from mfp.compact.modules import ONEDNN, ServingConv2d
+from mfp.serving.modules import ONEDNN, ServingConv2d
 
 # (image size, inputs, filters, kernel, stride, channels of the residual or 0): ResNet-50, dense and at rate 0.4
 LAYERS = [
@@ -37,14 +37,15 @@ def test_conv(benchmark, who, layer, batch):
         right = conv(x)
         residual = torch.randn(batch, max(channels, filters), *right.shape[2:])
         residual = residual.contiguous(memory_format=torch.channels_last)
-        weight, bias = conv.pack()
+        winograd = conv.is_for_winograd(x)
+        weight, bias = conv.pack(winograd)
         geometry = conv.stride, conv.padding, conv.dilation
         packed = conv.pack_for_onednn(x.shape)
 
         def mfp():
             if channels:
-                return ops.conv2d_join_(residual, x, weight, bias, index, *geometry, True)
-            return ops.conv2d(x, weight, bias, filters, *geometry, 0.0)
+                return ops.conv2d_join_(residual, x, weight, bias, index, *geometry, True, winograd)
+            return ops.conv2d(x, weight, bias, filters, *geometry, 0.0, winograd=winograd)
 
         def onednn():
             activation = "none" if channels else "relu"
@@ -62,3 +63,33 @@ def test_conv(benchmark, who, layer, batch):
             assert (run() - right).abs().max() < 1e-5 * right.abs().max()
         benchmark.extra_info["multiply-adds"] = right.numel() * conv.weight[0].numel()
         benchmark.pedantic(run, rounds=20, warmup_rounds=2)
+
+
+# (image size, channels, stride): MobileNetV2's, dense and at rate 0.4
+DEPTHWISE = [(112, 32, 1), (112, 96, 2), (56, 144, 1), (56, 88, 1), (14, 384, 1), (14, 232, 1), (7, 960, 1)]
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(("size", "channels", "stride"), DEPTHWISE)
+@pytest.mark.parametrize("who", ["mfp", "oneDNN"])
+def test_depthwise_conv(benchmark, who, size, channels, stride, batch):
+    if not ONEDNN:
+        pytest.skip("this torch has no packed convolutions of oneDNN")
+    torch.manual_seed(0)
+    conv = ServingConv2d(channels, channels, 3, stride, 1, groups=channels, activation="relu6").eval()
+    x = torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        arguments, geometry = conv.pack_depthwise(), (conv.stride, conv.padding, conv.dilation)
+        packed = conv.pack_for_onednn(x.shape)
+
+        def mfp():
+            return ops.depthwise_conv2d(x, *arguments, *geometry, 0.0, 6.0)
+
+        def onednn():
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, packed, conv.bias, conv.padding, conv.stride, conv.dilation, channels, "hardtanh", [0.0, 6.0], ""
+            )
+
+        assert (mfp() - onednn()).abs().max() < 1e-5 * onednn().abs().max()
+        benchmark.extra_info["multiply-adds"] = mfp().numel() * 9
+        benchmark.pedantic(mfp if who == "mfp" else onednn, rounds=20, warmup_rounds=2)

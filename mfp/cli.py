@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from mfp.train.config import RunConfig
 
 USERS_MISTAKE, FAILURE = 2, 1
-SWITCHES = ("MFP_BACKEND", "MFP_CPU_ISA", "MFP_DEBUG", "MFP_CUDA", "TORCH_CUDA_ARCH_LIST")  # setup.py explains them
+SWITCHES = (
+    "MFP_BACKEND",
+    "MFP_CPU_ISA",
+    "MFP_WINOGRAD",
+    "MFP_DEBUG",
+    "MFP_CUDA",
+    "TORCH_CUDA_ARCH_LIST",
+)  # setup.py explains them
 NAMES = {"flops": "FLOPs", "parameters": "parameters", "milliseconds": "time"}
 
 app = typer.Typer(

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mfp.conv_weights import kernel_of_winograd
+
 _NORM, _DISTANCE, _COSINE_DISTANCE, _WEIGHTED_HYBRID, _TAYLOR = range(5)
 
 
@@ -201,10 +203,29 @@ def conv2d(
     dilation: Sequence[int],
     low: float,
     high: float,
+    winograd: bool = False,
 ) -> Tensor:
     """The op ``mfp::conv2d``."""
     plain = weights.permute(0, 4, 3, 1, 2).flatten(0, 1)[:filters]  # [F, C, H, W]
+    plain = kernel_of_winograd(plain) if winograd else plain
     out = F.conv2d(input, plain, bias[:filters], stride, padding, dilation)
+    return out.clamp(low, high).contiguous(memory_format=torch.channels_last)
+
+
+def depthwise_conv2d(
+    input: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    low: float,
+    high: float,
+) -> Tensor:
+    """The op ``mfp::depthwise_conv2d``."""
+    channels = input.shape[1]
+    plain = weights[..., :channels].permute(2, 0, 1)[:, None]  # [C, 1, H, W]
+    out = F.conv2d(input, plain, bias[:channels], stride, padding, dilation, channels)
     return out.clamp(low, high).contiguous(memory_format=torch.channels_last)
 
 
@@ -218,7 +239,8 @@ def conv2d_join_(
     padding: Sequence[int],
     dilation: Sequence[int],
     relu: bool,
+    winograd: bool = False,
 ) -> None:
     """The op ``mfp::conv2d_join_``."""
-    branch = conv2d(input, weights, bias, len(index), stride, padding, dilation, -math.inf, math.inf)
+    branch = conv2d(input, weights, bias, len(index), stride, padding, dilation, -math.inf, math.inf, winograd)
     scatter_add_(residual, branch, index, relu)

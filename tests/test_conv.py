@@ -1,4 +1,4 @@
-"""conv2d and conv2d_join_: the serving form's convolution, alone and joined into a residual, at every level of SIMD."""
+"""The serving form's convolutions, alone and joined into a residual, at every level of SIMD."""
 
 import itertools
 import math
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mfp import backend, ops, reference
+from mfp.conv_weights import kernel_of_winograd, pack_conv2d, pack_depthwise_conv2d, winograd_weight
 
 CL = torch.channels_last
 pytestmark = [
@@ -56,7 +57,7 @@ def test_equals_torch_bitwise_on_whole_numbers(isa, case):
     x, weight, bias, geometry = sample(case, generator)
     expected = F.conv2d(x, weight, bias, *geometry)
     assert expected.abs().max() > 0
-    packed = ops.pack_conv2d(weight, bias)
+    packed = pack_conv2d(weight, bias)
     for low, high in ((-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0)):
         actual = ops.conv2d(x, *packed, len(weight), *geometry, low, high)
         assert actual.is_contiguous(memory_format=CL)
@@ -77,7 +78,7 @@ def test_real_numbers(isa):
     x = torch.randn(2, 200, 9, 9, generator=generator)
     weight, bias = torch.randn(72, 200, 3, 3, generator=generator), torch.randn(72, generator=generator)
     expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
-    actual = ops.conv2d(x, *ops.pack_conv2d(weight, bias), 72, (1, 1), (1, 1), (1, 1))  # from NCHW
+    actual = ops.conv2d(x, *pack_conv2d(weight, bias), 72, (1, 1), (1, 1), (1, 1))  # from NCHW
     assert (actual - expected).abs().max() < 2e-6 * expected.abs().max()
 
 
@@ -85,7 +86,7 @@ def test_bitwise_the_same_for_any_batch_and_number_of_threads(isa):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 70, 11, 11, generator=generator).contiguous(memory_format=CL)
     weight, bias = torch.randn(90, 70, 3, 3, generator=generator), torch.randn(90, generator=generator)
-    arguments = (*ops.pack_conv2d(weight, bias), 90, (1, 1), (1, 1), (1, 1))
+    arguments = (*pack_conv2d(weight, bias), 90, (1, 1), (1, 1), (1, 1))
     expected = ops.conv2d(x, *arguments)
     before = torch.get_num_threads()
     try:
@@ -97,12 +98,121 @@ def test_bitwise_the_same_for_any_batch_and_number_of_threads(isa):
         torch.set_num_threads(before)
 
 
+# (batch, channels, height, width), filters, padding: images that 4x4 tiles fill, and not; one pixel; part vectors
+WINOGRAD_CASES = [
+    ((2, 32, 8, 12), 32, (1, 1)), ((1, 64, 7, 7), 48, (1, 1)), ((3, 19, 9, 14), 21, (1, 1)), ((1, 5, 1, 1), 3, (1, 1)),
+    ((1, 16, 3, 3), 17, (0, 0)), ((2, 24, 6, 5), 40, (0, 2)), ((1, 300, 14, 14), 97, (1, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WINOGRAD_CASES, ids=str)
+def test_winograd(isa, case):
+    (shape, filters, padding), generator = case, torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).relu().contiguous(memory_format=CL)
+    weight = torch.randn(filters, shape[1], 3, 3, generator=generator)
+    bias = torch.randn(filters, generator=generator)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=padding)
+    largest = expected.abs().max()
+    arguments, geometry = pack_conv2d(winograd_weight(weight), bias), ((1, 1), padding, (1, 1))
+    for low, high in ((-math.inf, math.inf), (0.0, 2.0)):
+        actual = ops.conv2d(x, *arguments, filters, *geometry, low, high, winograd=True)
+        assert actual.is_contiguous(memory_format=CL)
+        assert (actual - expected.clamp(low, high)).abs().max() < 5e-6 * largest
+    index = torch.randperm(filters + 9, generator=generator)[:filters].sort().values
+    residual = torch.randn(len(x), filters + 9, *expected.shape[2:], generator=generator).contiguous(memory_format=CL)
+    right = residual.double().index_add(1, index, expected).relu()
+    ops.conv2d_join_(residual, x, *arguments, index, *geometry, True, winograd=True)
+    assert (residual - right).abs().max() < 5e-6 * largest
+
+
+DEPTHWISE_CASES = [
+    *(((2, channels, 9, 11), (3, 3), (1, 1), (1, 1), (1, 1)) for channels in (1, 3, 4, 8, 9, 15, 16, 17, 33)),
+    *(((1, 20, size, size + 1), (3, 3), (2, 2), (1, 1), (1, 1)) for size in (1, 2, 3, 14)),
+    ((2, 24, 17, 30), (5, 5), (1, 1), (2, 2), (1, 1)), ((1, 12, 9, 9), (7, 3), (1, 3), (3, 0), (1, 1)),
+    ((2, 10, 8, 20), (3, 3), (1, 1), (2, 2), (2, 2)), ((1, 6, 3, 3), (3, 3), (1, 1), (4, 4), (3, 3)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DEPTHWISE_CASES, ids=str)
+def test_depthwise_equals_torch_bitwise_on_whole_numbers(isa, case):
+    (shape, kernel, *geometry), generator = case, torch.Generator().manual_seed(0)
+    channels = shape[1]
+    x = small_integers(*shape, generator=generator).contiguous(memory_format=CL)
+    weight = small_integers(channels, 1, *kernel, generator=generator)
+    bias = small_integers(channels, generator=generator)
+    expected = F.conv2d(x, weight, bias, *geometry, groups=channels)
+    packed = pack_depthwise_conv2d(weight, bias)
+    for low, high in ((-math.inf, math.inf), (0.0, 6.0)):
+        actual = ops.depthwise_conv2d(x, *packed, *geometry, low, high)
+        assert actual.is_contiguous(memory_format=CL)
+        assert torch.equal(actual, expected.clamp(low, high))
+        assert torch.equal(reference.depthwise_conv2d(x, *packed, *geometry, low, high), expected.clamp(low, high))
+    assert ops.depthwise_conv2d(x[:0], *packed, *geometry).shape == (0, *expected.shape[1:])
+
+
+def call_winograd(x, weight, bias):
+    packed = pack_conv2d(winograd_weight(weight), bias)
+    return ops.conv2d(x, *packed, len(weight), (1, 1), (1, 1), (1, 1), winograd=True)
+
+
+def call_depthwise(x, weight, bias):
+    kernels = weight[: x.shape[1], :1]
+    return ops.depthwise_conv2d(x, *pack_depthwise_conv2d(kernels, bias[: x.shape[1]]), (1, 1), (1, 1), (1, 1))
+
+
+@pytest.mark.parametrize("call", [call_winograd, call_depthwise])
+def test_other_kernels_are_bitwise_the_same_for_any_batch_and_number_of_threads(isa, call):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 70, 30, 31, generator=generator).contiguous(memory_format=CL)
+    weight, bias = torch.randn(90, 70, 3, 3, generator=generator), torch.randn(90, generator=generator)
+    expected = call(x, weight, bias)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(call(x, weight, bias), expected)
+            assert torch.equal(torch.cat([call(image[None], weight, bias) for image in x]), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_winograd_weights_keep_the_kernel():
+    weight = torch.randn(5, 7, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert winograd_weight(weight).shape == (5, 7, 6, 6)
+    assert (kernel_of_winograd(winograd_weight(weight)) - weight).abs().max() < 1e-6 * weight.abs().max()
+    x = torch.randn(2, 7, 5, 5, generator=torch.Generator().manual_seed(1))
+    geometry = (1, 1), (1, 1), (1, 1)
+    packed = pack_conv2d(winograd_weight(weight), None)
+    actual = reference.conv2d(x, *packed, 5, *geometry, -math.inf, math.inf, winograd=True)
+    assert torch.allclose(actual, F.conv2d(x, weight, padding=1), atol=1e-5)
+
+
+def test_wrong_weights_of_the_other_kernels_are_refused():
+    x, geometry = torch.zeros(1, 2, 9, 9), ((1, 1), (1, 1), (1, 1))
+    plain, bias = pack_conv2d(torch.ones(4, 2, 3, 3), None)
+    with pytest.raises(RuntimeError, match="6x6 weights, stride 1"):
+        ops.conv2d(x, plain, bias, 4, *geometry, winograd=True)
+    six, bias = pack_conv2d(torch.ones(4, 2, 6, 6), None)
+    with pytest.raises(RuntimeError, match="6x6 weights, stride 1"):
+        ops.conv2d(x, six, bias, 4, (2, 1), (1, 1), (1, 1), winograd=True)
+    weights, bias = pack_depthwise_conv2d(torch.ones(2, 1, 3, 3), None)
+    for change, message in (
+        ({"input": torch.zeros(1, 17, 9, 9)}, "input is"), ({"input": torch.zeros(2, 9, 9)}, "input is"),
+        ({"weights": weights[..., :2]}, "weights"), ({"bias": bias[:2]}, "bias is"),
+        ({"bias": bias.double()}, "expected float32"), ({"stride": (1, 0)}, "stride"),
+        ({"padding": (0, 0), "input": torch.zeros(1, 2, 2, 9)}, "does not fit"),
+    ):  # fmt: skip
+        given = {"input": x, "weights": weights, "bias": bias, "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+        with pytest.raises(RuntimeError, match=message):
+            ops.depthwise_conv2d(**{**given, **change})
+
+
 def test_nothing_outside_the_residual_is_touched(isa):
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(1, 5, 3, 3, generator=generator), torch.randn(9, 5, 1, 1, generator=generator)
     around = torch.full((1 * 21 * 9 + 64,), 7.0)
     residual = around[32:-32].view(1, 3, 3, 21).permute(0, 3, 1, 2)
-    ops.conv2d_join_(residual, x, *ops.pack_conv2d(weight, None), torch.arange(2, 20, 2), (1, 1), (0, 0), (1, 1), True)
+    ops.conv2d_join_(residual, x, *pack_conv2d(weight, None), torch.arange(2, 20, 2), (1, 1), (0, 0), (1, 1), True)
     assert (around[:32] == 7).all()
     assert (around[-32:] == 7).all()
     assert (residual[:, 1::2] == 7).all()
@@ -113,7 +223,7 @@ def test_nothing_outside_the_residual_is_touched(isa):
 def test_not_a_number_stays(isa):
     x = torch.ones(1, 2, 4, 4)
     x[0, 0, 1, 1] = math.nan
-    packed = ops.pack_conv2d(torch.ones(20, 2, 1, 1), None)
+    packed = pack_conv2d(torch.ones(20, 2, 1, 1), None)
     actual = ops.conv2d(x, *packed, 20, (1, 1), (0, 0), (1, 1), 0.0, 6.0)
     assert actual[0, :, 1, 1].isnan().all()
     assert actual.isnan().sum() == 20
@@ -124,7 +234,7 @@ def test_not_a_number_stays(isa):
 
 
 def test_empty_batch():
-    packed = ops.pack_conv2d(torch.ones(4, 2, 3, 3), None)
+    packed = pack_conv2d(torch.ones(4, 2, 3, 3), None)
     assert ops.conv2d(torch.zeros(0, 2, 5, 5), *packed, 4, (1, 1), (0, 0), (1, 1)).shape == (0, 4, 3, 3)
 
 
@@ -147,7 +257,7 @@ def test_empty_batch():
     ({"residual": torch.zeros(2, 6, 3, 3).contiguous(memory_format=CL)}, "residual is"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused(change, message):
-    packed, bias = ops.pack_conv2d(torch.ones(4, 2, 3, 3), None)
+    packed, bias = pack_conv2d(torch.ones(4, 2, 3, 3), None)
     given = {
         "input": torch.zeros(1, 2, 5, 5), "weights": packed, "bias": bias,
         "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1),
@@ -168,7 +278,7 @@ def test_reference(case):
     generator = torch.Generator().manual_seed(0)
     x, weight, bias, geometry = sample(case, generator)
     expected = F.conv2d(x, weight, bias, *geometry)
-    packed = ops.pack_conv2d(weight, bias)
+    packed = pack_conv2d(weight, bias)
     assert torch.equal(reference.conv2d(x, *packed, len(weight), *geometry, 0.0, 6.0), expected.clamp(0, 6))
     residual, index = small_integers(*expected.shape, generator=generator), torch.arange(len(weight))
     actual = residual.clone()
@@ -177,9 +287,13 @@ def test_reference(case):
 
 
 def test_opcheck():
-    packed = ops.pack_conv2d(torch.ones(20, 3, 3, 2), torch.ones(20))
+    packed = pack_conv2d(torch.ones(20, 3, 3, 2), torch.ones(20))
     x, geometry = torch.randn(2, 3, 8, 9), ((2, 1), (1, 0), (1, 2))
     torch.library.opcheck(torch.ops.mfp.conv2d.default, (x, *packed, 20, *geometry, 0.0, 6.0))
     residual = torch.randn(2, 25, 4, 7).contiguous(memory_format=CL)
     arguments = (residual, x, *packed, torch.arange(5, 25), *geometry, True)
     torch.library.opcheck(torch.ops.mfp.conv2d_join_.default, arguments)
+    six = pack_conv2d(torch.ones(20, 3, 6, 6), None)
+    torch.library.opcheck(torch.ops.mfp.conv2d.default, (x, *six, 20, (1, 1), (1, 0), (1, 1), 0.0, 6.0, True))
+    packed = pack_depthwise_conv2d(torch.ones(3, 1, 3, 2), torch.ones(3))
+    torch.library.opcheck(torch.ops.mfp.depthwise_conv2d.default, (x, *packed, *geometry, 0.0, 6.0))

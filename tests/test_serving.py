@@ -110,6 +110,45 @@ def test_memory_is_overwritten_only_where_nothing_reads_it(function, inplace):
     assert [join.inplace for join in joins] == [inplace]
 
 
+def test_a_chain_of_joins_is_computed_in_one_memory():
+    def function(net, x):
+        y = net.a(x)
+        y = F.relu(y + net.c(net.b(y)))
+        return F.relu(y + y.sigmoid())
+
+    serving = served(Net(function), images())
+    joins = [module for module in serving.modules() if isinstance(module, FusedJoin | ServingJoin2d)]
+    assert [join.inplace for join in joins] == [True, True]
+
+
+def test_winograd_where_it_is_faster_and_not_switched_off(monkeypatch):
+    called = []
+    op = ops.conv2d
+    monkeypatch.setattr(ops, "conv2d", lambda *args: (called.append(args[-1]), op(*args))[1])
+    torch.manual_seed(0)
+    conv = ServingConv2d(24, 24, 3, padding=1).eval()
+    large, small = torch.randn(2, 24, 14, 14), torch.randn(2, 24, 6, 8)
+    with torch.inference_mode():
+        for x in (large, small, large):
+            assert difference(F.conv2d(x, conv.weight, conv.bias, padding=1), conv(x)) < 5e-6
+        monkeypatch.setenv("MFP_WINOGRAD", "0")
+        conv(large)
+        monkeypatch.delenv("MFP_WINOGRAD")
+        for other in (ServingConv2d(24, 24, 3, 2, 1), ServingConv2d(24, 24, 3, dilation=2), ServingConv2d(8, 24, 3)):
+            other.eval()(large[:, : other.in_channels])
+    assert called == [True, False, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("activation", ["none", "relu6", "silu"])
+def test_depthwise_convs(activation):
+    torch.manual_seed(0)
+    for conv in (ServingConv2d(20, 20, 3, 2, 1, groups=20, activation=activation), ServingConv2d(6, 12, 3, groups=6)):
+        x = torch.randn(2, conv.in_channels, 9, 10)
+        expected = conv(x)  # with gradients: by torch
+        with torch.inference_mode():
+            assert difference(expected, conv(x)) < 1e-6
+
+
 def test_the_networks_input_is_not_overwritten():
     class Residual(nn.Module):
         def __init__(self):

@@ -13,18 +13,21 @@
 
 namespace mfp::cpu {
 
-constexpr int kBlock = 16;  // filters that lie side by side in the packed weights
+constexpr int kBlock = 16;       // filters that lie side by side in the packed weights
+constexpr int kWinogradOut = 4;  // by as many outputs at once
 
 struct Conv {
-  const float* input;    // [batch, height, width, channels]
-  const float* weights;  // [filters / 16, kernel height, kernel width, channels, 16]
-  const float* bias;     // [filters rounded up to 16]
-  const float* zeros;    // [channels]: a pixel of the padding
-  float* output;         // [batch, out height, out width, filters], or the residual [..., residual channels]
+  const float* input;  // [batch, height, width, channels]
+  const float*
+      weights;        // [filters / 16, kernel height, kernel width, channels, 16]; depthwise: [height, width, channels]
+  const float* bias;  // [filters rounded up to 16]
+  const float* zeros;  // [channels]: a pixel of the padding
+  float* output;       // [batch, out height, out width, filters], or the residual [..., residual channels]
   int64_t batch, channels, filters;
   int64_t size[2], out_size[2];  // height, width
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   float low, high;  // the output is clamped between them
+  bool winograd;    // the weights are those of Winograd's F(4x4, 3x3): 6 by 6 of them, for a 3x3 kernel of stride 1
 
   // residual[:, index] += the convolution's result, then ReLU if asked; unused where landing is null.
   const uint16_t* landing;  // a bit per residual channel: whether the next filter lands there; and one word more
@@ -49,11 +52,15 @@ struct ConvTasks {
   int64_t count() const { return tile_ranges * filter_ranges; }
 };
 
-// conv_tasks: a grid with enough tasks for the threads. conv_task: computes one of them.
+// conv_tasks: a grid with enough tasks for the threads. conv_task: computes one of them. The same for winograd_, where
+// the tiles are of 4x4 outputs. depthwise_row: one row of the output of one image.
 #define MFP_DECLARE(isa)                                                                           \
   namespace isa {                                                                                  \
   ConvTasks conv_tasks(const Conv& conv, int64_t tiles, int threads);                              \
   void conv_task(const Conv& conv, const PixelOrder& order, const ConvTasks& tasks, int64_t task); \
+  ConvTasks winograd_tasks(const Conv& conv, int threads);                                         \
+  void winograd_task(const Conv& conv, const ConvTasks& tasks, int64_t task);                      \
+  void depthwise_row(const Conv& conv, int64_t row);                                               \
   }
 MFP_DECLARE(portable)
 MFP_DECLARE(avx2)

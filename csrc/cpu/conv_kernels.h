@@ -1,9 +1,5 @@
-// The arithmetic of conv.h, compiled once per instruction set (vector.h).
-#include <algorithm>
-#include <utility>
-
-#include "cpu/conv.h"
-#include "cpu/join_row.h"
+// The direct convolution of conv.h, compiled once per instruction set (vector.h).
+#include "cpu/conv_tile.h"
 #include "cpu/pixel_order.h"
 
 #if MFP_HAVE_ISA
@@ -12,139 +8,7 @@ MFP_BEGIN_ISA
 namespace mfp::cpu {
 namespace MFP_ISA {
 
-// The register tile. Wide vectors: 8 pixels by 3 vectors, from up to three blocks of packed weights; others: what the
-// 16 registers hold, inside one block.
-constexpr int kTilePixels = tile_pixels(kLanes == 16 ? Isa::avx512 : kLanes == 8 ? Isa::avx2 : Isa::portable);
-constexpr int kTileVectors = kLanes == 16 ? 3 : kBlock / kLanes;
 constexpr int64_t kFewWeights = 1 << 15;  // numbers that the nearest caches hold
-
-// Types of this namespace, for the vectors that grow here: functions of a std::vector<float> compiled here could end
-// up, by the linker's choice, in code for other processors.
-struct Run {
-  const float* input;
-};
-
-struct Place {
-  int64_t weights;
-};
-
-// A pixel's patch comes in runs of numbers that lie side by side in the input and, [channel][16], in the weights.
-struct Tile {
-  const Run* runs;      // [count][pixels]: where they start in the input
-  const Place* places;  // [count]: where their weights start
-  int64_t count, length;
-  const float* weights;  // of the first vector
-  int64_t block;         // from one block of 16 filters to the next
-  const float* bias;
-  float low, high;
-  float* const* out;  // [pixels]
-};
-
-typedef float HalfWide __attribute__((vector_size(2 * MFP_LANES)));
-typedef float LooseHalfWide __attribute__((vector_size(2 * MFP_LANES), aligned(4), may_alias));
-
-inline HalfWide load_half(const float* p) { return *reinterpret_cast<const LooseHalfWide*>(p); }
-inline HalfWide lower_half(Vec v) {
-  HalfWide half;
-  std::memcpy(&half, &v, sizeof half);
-  return half;
-}
-
-template <class V>
-inline V clamp_to(V v, V low, V high) {  // NaN stays NaN
-  v = low > v ? low : v;
-  return v > high ? high : v;
-}
-
-// kHalf: half a vector more, for filters that do not fill another one.
-template <int kPixels, int kVectors, bool kHalf>
-void sum_tile(const Tile& tile) {
-  Vec sums[kPixels][kVectors];
-  HalfWide halves[kPixels];
-#pragma GCC unroll 8
-  for (int p = 0; p < kPixels; ++p) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sums[p][v] = load(tile.bias + v * kLanes);
-    if constexpr (kHalf) halves[p] = load_half(tile.bias + kVectors * kLanes);
-  }
-  const Run* runs = tile.runs;
-  for (int64_t i = 0; i < tile.count; ++i, runs += kPixels) {
-    const float* run[kPixels];
-#pragma GCC unroll 8
-    for (int p = 0; p < kPixels; ++p) run[p] = runs[p].input;
-    const float* weights = tile.weights + tile.places[i].weights;
-    for (int64_t c = 0; c < tile.length; ++c, weights += kBlock) {
-      Vec w[kVectors];
-      HalfWide half;
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        w[v] = load(weights + v * kLanes / kBlock * tile.block + v * kLanes % kBlock);
-      }
-      if constexpr (kHalf) half = load_half(weights + kVectors * tile.block);
-#pragma GCC unroll 8
-      for (int p = 0; p < kPixels; ++p) {
-        const Vec x = broadcast(run[p][c]);
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sums[p][v] += x * w[v];
-        if constexpr (kHalf) halves[p] += lower_half(x) * half;
-      }
-    }
-  }
-  const Vec low = broadcast(tile.low), high = broadcast(tile.high);
-#pragma GCC unroll 8
-  for (int p = 0; p < kPixels; ++p) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store(tile.out[p] + v * kLanes, clamp_to(sums[p][v], low, high));
-    if constexpr (kHalf) {
-      *reinterpret_cast<LooseHalfWide*>(tile.out[p] + kVectors * kLanes) =
-          clamp_to(halves[p], lower_half(low), lower_half(high));
-    }
-  }
-}
-
-typedef void (*SumTile)(const Tile&);
-
-// [pixels - 1][vectors - 1][half]
-template <int... kPixels>
-SumTile sum_tile_of(int pixels, int vectors, bool half, std::integer_sequence<int, kPixels...>) {
-  static constexpr int k2 = std::min(2, kTileVectors), k3 = std::min(3, kTileVectors), k4 = std::min(4, kTileVectors);
-  static constexpr bool kHalf = kLanes == kBlock;
-  static constexpr SumTile table[][4][2] = {{{sum_tile<kPixels + 1, 1, false>, sum_tile<kPixels + 1, 1, kHalf>},
-                                             {sum_tile<kPixels + 1, k2, false>, sum_tile<kPixels + 1, k2, kHalf>},
-                                             {sum_tile<kPixels + 1, k3, false>, sum_tile<kPixels + 1, k3, false>},
-                                             {sum_tile<kPixels + 1, k4, false>, sum_tile<kPixels + 1, k4, false>}}...};
-  return table[pixels - 1][vectors - 1][half];
-}
-
-// Filters that one register tile computes, and the channels of the output that it settles: the residual's up to where
-// the next strip begins.
-struct Strip {
-  int64_t first, width;
-  int vectors;
-  bool half;
-  int64_t out_first, out_last;
-};
-
-int64_t strip_count(const Conv& conv) {
-  const int64_t wide = kTileVectors * kLanes;
-  return (conv.filters + wide - 1) / wide;
-}
-
-Strip strip_of(const Conv& conv, int64_t number) {
-  const int64_t vectors = (conv.filters + kLanes - 1) / kLanes, count = strip_count(conv);
-  int64_t begin = number * kTileVectors, end = std::min(begin + kTileVectors, vectors);
-  if (kLanes == kBlock) begin = vectors * number / count, end = vectors * (number + 1) / count;  // of like width
-  const int64_t first = begin * kLanes, last = std::min(end * kLanes, conv.filters);
-  Strip strip = {first, last - first, static_cast<int>(end - begin), false, first, last};
-  if (kLanes == kBlock && strip.vectors > 1 && strip.width <= strip.vectors * kLanes - kLanes / 2) {
-    --strip.vectors, strip.half = true;
-  }
-  if (conv.landing != nullptr) {
-    strip.out_first = first == 0 ? 0 : conv.index[first];
-    strip.out_last = last == conv.filters ? conv.residual_channels : conv.index[last];
-  }
-  return strip;
-}
 
 ConvTasks conv_tasks(const Conv& conv, int64_t tiles, int threads) {
   const int64_t strips = strip_count(conv), wanted = 8 * threads;
@@ -175,10 +39,14 @@ void find_spots(const Conv& conv, const PixelOrder& order, int64_t first_tile, i
   spots.clear(), tiles.clear();
   order.walk(
       first_tile, last_tile, [&](bool inside) { tiles.push_back({static_cast<int64_t>(spots.size()), inside}); },
-      [&](int64_t image, int64_t row, int64_t column) {
+      [&](int64_t image, int64_t row, int64_t column, int64_t count) {
         const int64_t y = row * conv.stride[0] - conv.padding[0], x = column * conv.stride[1] - conv.padding[1];
         const float* input = conv.input + ((image * conv.size[0] + y) * conv.size[1] + x) * conv.channels;
-        spots.push_back({input, y, x, (image * conv.out_size[0] + row) * conv.out_size[1] + column});
+        Spot spot = {input, y, x, (image * conv.out_size[0] + row) * conv.out_size[1] + column};
+        for (; count > 0;
+             --count, spot.input += conv.stride[1] * conv.channels, spot.column += conv.stride[1], ++spot.out) {
+          spots.push_back(spot);
+        }
       });
   tiles.push_back({static_cast<int64_t>(spots.size()), false});
 }
@@ -258,13 +126,7 @@ void conv_task(const Conv& shared, const PixelOrder& order, const ConvTasks& tas
     sum_tile_of(pixels, strip.vectors, strip.half, std::make_integer_sequence<int, kTilePixels>())(tile);
     if (direct) return;
     for (int p = 0; p < pixels; ++p) {
-      if (conv.landing == nullptr) {
-        std::memcpy(row_of(p) + strip.first, sums[p], strip.width * sizeof(float));
-      } else if (conv.relu) {
-        join_row<Float, true, false>(row_of(p), sums[p], conv.landing, strip.out_first, strip.out_last);
-      } else {
-        join_row<Float, false, false>(row_of(p), sums[p], conv.landing, strip.out_first, strip.out_last);
-      }
+      put_row(conv, spot[p].out, sums[p], strip.first, strip.width, strip.out_first, strip.out_last);
     }
   };
   const auto prepare = [&](int64_t number) {

@@ -1,4 +1,4 @@
-// conv2d and conv2d_join_ on CPU tensors. The schemas are in mfp/ops.py.
+// conv2d, conv2d_join_ and depthwise_conv2d on CPU tensors. The schemas are in mfp/ops.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -18,15 +18,9 @@ namespace {
 
 typedef at::IntArrayRef Sizes;
 
-// Everything but the output. The tensors must outlive it.
-Conv describe(const char* op, const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, Sizes stride,
-              Sizes padding, Sizes dilation) {
-  TORCH_CHECK(input.dim() == 4 && weights.dim() == 5 && weights.size(4) == kBlock && weights.is_contiguous() &&
-                  weights.size(0) > 0 && input.size(1) == weights.size(3),
-              op, ": input is ", input.sizes(), ", weights ", weights.sizes(),
-              "; expected [B, C, H, W] and [blocks, kernel height, kernel width, C, 16], contiguous");
-  TORCH_CHECK(bias.dim() == 1 && bias.is_contiguous() && bias.numel() == weights.size(0) * kBlock, op, ": bias is ",
-              bias.sizes(), "; expected [", weights.size(0) * kBlock, "]");
+// All that the kernels share, but the output. The tensors must outlive it.
+Conv describe(const char* op, const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, Sizes kernel,
+              Sizes stride, Sizes padding, Sizes dilation) {
   for (const at::Tensor& tensor : {input, weights, bias}) {
     TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_cpu(), op, ": a tensor is ", tensor.scalar_type(),
                 " on ", tensor.device(), "; expected float32 on the CPU");
@@ -40,13 +34,34 @@ Conv describe(const char* op, const at::Tensor& input, const at::Tensor& weights
   for (int d = 0; d < 2; ++d) {
     TORCH_CHECK(stride[d] > 0 && padding[d] >= 0 && dilation[d] > 0, op, ": stride ", stride, ", padding ", padding,
                 ", dilation ", dilation);
-    conv.size[d] = input.size(2 + d), conv.kernel[d] = weights.size(1 + d);
+    conv.size[d] = input.size(2 + d), conv.kernel[d] = kernel[d];
     conv.stride[d] = stride[d], conv.padding[d] = padding[d], conv.dilation[d] = dilation[d];
     const int64_t room = conv.size[d] + 2 * padding[d] - dilation[d] * (conv.kernel[d] - 1) - 1;
-    TORCH_CHECK(room >= 0 && conv.kernel[d] > 0, op, ": the kernel ", weights.sizes(), " does not fit the input ",
+    TORCH_CHECK(room >= 0 && conv.kernel[d] > 0, op, ": the kernel ", kernel, " does not fit the input ",
                 input.sizes());
     conv.out_size[d] = room / stride[d] + 1;
   }
+  return conv;
+}
+
+// The same where all channels meet in each filter.
+Conv describe_full(const char* op, const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias,
+                   int64_t filters, Sizes stride, Sizes padding, Sizes dilation, bool winograd) {
+  TORCH_CHECK(input.dim() == 4 && weights.dim() == 5 && weights.size(4) == kBlock && weights.is_contiguous() &&
+                  weights.size(0) > 0 && input.size(1) == weights.size(3),
+              op, ": input is ", input.sizes(), ", weights ", weights.sizes(),
+              "; expected [B, C, H, W] and [blocks, kernel height, kernel width, C, 16], contiguous");
+  TORCH_CHECK(bias.dim() == 1 && bias.is_contiguous() && bias.numel() == weights.size(0) * kBlock, op, ": bias is ",
+              bias.sizes(), "; expected [", weights.size(0) * kBlock, "]");
+  TORCH_CHECK(filters > bias.numel() - kBlock && filters <= bias.numel(), op, ": ", filters, " filters in ",
+              weights.size(0), " blocks of 16");
+  const Sizes kernel = weights.sizes().slice(1, 2);
+  const std::vector<int64_t> ones = {1, 1}, patch(2, kWinogradOut + 2), three = {3, 3};
+  TORCH_CHECK(!winograd || (kernel.equals(patch) && stride.equals(ones) && dilation.equals(ones)), op, ": weights ",
+              weights.sizes(), ", stride ", stride, ", dilation ", dilation,
+              "; Winograd's form has 6x6 weights, stride 1 and dilation 1");
+  Conv conv = describe(op, input, weights, bias, winograd ? Sizes(three) : kernel, stride, padding, dilation);
+  conv.filters = filters, conv.winograd = winograd;
   return conv;
 }
 
@@ -55,55 +70,82 @@ struct alignas(64) Stretch {
   int64_t end;
 };
 
+// Calls task(number) for all numbers below count. Each thread does its own stretch of them, whose data the layer before
+// has left in its caches, and then what is left of the others'. Results do not depend on who computes.
+template <class Task>
+void run_tasks(int64_t count, int threads, Task task) {
+  std::vector<Stretch> stretches(threads);
+  for (int i = 0; i < threads; ++i) {
+    stretches[i].next = count * i / threads, stretches[i].end = count * (i + 1) / threads;
+  }
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end + threads - 1; ++i) {
+      Stretch& stretch = stretches[i % threads];
+      for (int64_t number; (number = stretch.next++) < stretch.end;) task(number);
+    }
+  });
+}
+
+#define MFP_OF_ISA(isa, name) (isa == Isa::avx512 ? avx512::name : isa == Isa::avx2 ? avx2::name : portable::name)
+
 void run(Conv conv) {
   if (conv.pixels() == 0) return;
   const std::vector<float> zeros(conv.channels);
   conv.zeros = zeros.data();
   const Isa isa = current_isa();
-  const auto tasks_of = isa == Isa::avx512 ? avx512::conv_tasks
-                        : isa == Isa::avx2 ? avx2::conv_tasks
-                                           : portable::conv_tasks;
-  const auto task = isa == Isa::avx512 ? avx512::conv_task : isa == Isa::avx2 ? avx2::conv_task : portable::conv_task;
-  const PixelOrder order(conv, tile_pixels(isa));
   const int threads = at::get_num_threads();
-  const ConvTasks tasks = tasks_of(conv, order.tiles(), threads);
-  // Each thread does its own stretch of the tasks, whose data the layer before has left in its caches, and then what is
-  // left of the others'. Results do not depend on who computes.
-  std::vector<Stretch> stretches(threads);
-  for (int i = 0; i < threads; ++i) {
-    stretches[i].next = tasks.count() * i / threads, stretches[i].end = tasks.count() * (i + 1) / threads;
+  if (conv.winograd) {
+    const ConvTasks tasks = MFP_OF_ISA(isa, winograd_tasks)(conv, threads);
+    const auto task = MFP_OF_ISA(isa, winograd_task);
+    return run_tasks(tasks.count(), threads, [&](int64_t number) { task(conv, tasks, number); });
   }
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end + threads - 1; ++i) {
-      Stretch& stretch = stretches[i % threads];
-      for (int64_t number; (number = stretch.next++) < stretch.end;) task(conv, order, tasks, number);
-    }
-  });
+  const PixelOrder order(conv, tile_pixels(isa));
+  const ConvTasks tasks = MFP_OF_ISA(isa, conv_tasks)(conv, order.tiles(), threads);
+  const auto task = MFP_OF_ISA(isa, conv_task);
+  run_tasks(tasks.count(), threads, [&](int64_t number) { task(conv, order, tasks, number); });
+}
+
+at::Tensor empty_output(const Conv& conv, const at::Tensor& input) {
+  return at::empty({conv.batch, conv.filters, conv.out_size[0], conv.out_size[1]},
+                   input.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
 at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, int64_t filters,
-                  Sizes stride, Sizes padding, Sizes dilation, double low, double high) {
-  Conv conv = describe("conv2d", input, weights, bias, stride, padding, dilation);
-  TORCH_CHECK(filters > bias.numel() - kBlock && filters <= bias.numel(), "conv2d: ", filters, " filters in ",
-              weights.size(0), " blocks of 16");
-  const at::Tensor rows = input.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor output = at::empty({conv.batch, filters, conv.out_size[0], conv.out_size[1]},
-                                      input.options().memory_format(at::MemoryFormat::ChannelsLast));
+                  Sizes stride, Sizes padding, Sizes dilation, double low, double high, bool winograd) {
+  Conv conv = describe_full("conv2d", input, weights, bias, filters, stride, padding, dilation, winograd);
+  const at::Tensor rows = input.contiguous(at::MemoryFormat::ChannelsLast), output = empty_output(conv, input);
   conv.input = rows.const_data_ptr<float>(), conv.output = output.mutable_data_ptr<float>();
-  conv.filters = filters, conv.low = static_cast<float>(low), conv.high = static_cast<float>(high);
+  conv.low = static_cast<float>(low), conv.high = static_cast<float>(high);
   run(conv);
+  return output;
+}
+
+at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, Sizes stride,
+                            Sizes padding, Sizes dilation, double low, double high) {
+  TORCH_CHECK(input.dim() == 4 && weights.dim() == 3 && weights.is_contiguous() &&
+                  weights.size(2) == (input.size(1) + kBlock - 1) / kBlock * kBlock,
+              "depthwise_conv2d: input is ", input.sizes(), ", weights ", weights.sizes(),
+              "; expected [B, C, H, W] and [kernel height, kernel width, C filled up to a multiple of 16], contiguous");
+  TORCH_CHECK(bias.dim() == 1 && bias.is_contiguous() && bias.numel() == weights.size(2), "depthwise_conv2d: bias is ",
+              bias.sizes(), "; expected [", weights.size(2), "]");
+  Conv conv =
+      describe("depthwise_conv2d", input, weights, bias, weights.sizes().slice(0, 2), stride, padding, dilation);
+  conv.filters = conv.channels, conv.low = static_cast<float>(low), conv.high = static_cast<float>(high);
+  const at::Tensor rows = input.contiguous(at::MemoryFormat::ChannelsLast), output = empty_output(conv, input);
+  conv.input = rows.const_data_ptr<float>(), conv.output = output.mutable_data_ptr<float>();
+  if (conv.pixels() == 0 || conv.channels == 0) return output;
+  const auto row = MFP_OF_ISA(current_isa(), depthwise_row);
+  run_tasks(conv.batch * conv.out_size[0], at::get_num_threads(), [&](int64_t number) { row(conv, number); });
   return output;
 }
 
 void conv2d_join_(const at::Tensor& residual, const at::Tensor& input, const at::Tensor& weights,
                   const at::Tensor& bias, const at::Tensor& index, Sizes stride, Sizes padding, Sizes dilation,
-                  bool relu) {
-  Conv conv = describe("conv2d_join_", input, weights, bias, stride, padding, dilation);
-  conv.filters = index.numel();
-  TORCH_CHECK(index.dim() == 1 && conv.filters > bias.numel() - kBlock && conv.filters <= bias.numel() &&
-                  index.scalar_type() == at::kLong && index.is_cpu() && index.is_contiguous(),
-              "conv2d_join_: index is ", index.sizes(), " ", index.scalar_type(), ", ", weights.size(0),
-              " blocks of 16 filters; expected an int64 channel for each filter");
+                  bool relu, bool winograd) {
+  TORCH_CHECK(index.dim() == 1 && index.scalar_type() == at::kLong && index.is_cpu() && index.is_contiguous(),
+              "conv2d_join_: index is ", index.sizes(), " ", index.scalar_type(),
+              "; expected an int64 channel for each filter");
+  Conv conv = describe_full("conv2d_join_", input, weights, bias, index.numel(), stride, padding, dilation, winograd);
   TORCH_CHECK(residual.dim() == 4 && residual.scalar_type() == at::kFloat && residual.is_cpu() &&
                   residual.is_contiguous(at::MemoryFormat::ChannelsLast) && residual.size(0) == conv.batch &&
                   residual.size(2) == conv.out_size[0] && residual.size(3) == conv.out_size[1],
@@ -124,6 +166,7 @@ void conv2d_join_(const at::Tensor& residual, const at::Tensor& input, const at:
 TORCH_LIBRARY_IMPL(mfp, CPU, m) {
   m.impl("conv2d", &conv2d);
   m.impl("conv2d_join_", &conv2d_join_);
+  m.impl("depthwise_conv2d", &depthwise_conv2d);
 }
 
 }  // namespace mfp::cpu

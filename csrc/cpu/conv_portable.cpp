@@ -2,3 +2,5 @@
 #define MFP_LANES 4
 #define MFP_ISA portable
 #include "cpu/conv_kernels.h"
+#include "cpu/depthwise_kernels.h"
+#include "cpu/winograd_kernels.h"

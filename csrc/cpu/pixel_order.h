@@ -16,16 +16,17 @@ class PixelOrder {
   PixelOrder(const Conv& conv, int tile_pixels);
   int64_t tiles() const { return groups_.back().tile + groups_.back().tiles; }
 
-  // Calls begin_tile(inside) and pixel(image, row, column) for the tiles first to last - 1.
-  template <class BeginTile, class VisitPixel>
-  void walk(int64_t first, int64_t last, BeginTile begin_tile, VisitPixel pixel) const {
+  // For the tiles first to last - 1: calls begin_tile(inside), and pixels(image, row, column, count) for each stretch
+  // of pixels side by side.
+  template <class BeginTile, class VisitPixels>
+  void walk(int64_t first, int64_t last, BeginTile begin_tile, VisitPixels pixels) const {
     for (const Group& group : groups_) {
       const int64_t from = std::max(first, group.tile), to = std::min(last, group.tile + group.tiles);
       for (int64_t tile = from; tile < to; ++tile) {
         begin_tile(group.inside);
         const int64_t begin = group.count * (tile - group.tile) / group.tiles;
         const int64_t end = group.count * (tile - group.tile + 1) / group.tiles;
-        visit(group, begin, end, pixel);
+        visit(group, begin, end, pixels);
       }
     }
   }
@@ -37,19 +38,19 @@ class PixelOrder {
     int64_t count, tile, tiles;    // pixels of all images, the first tile, tiles
   };
 
-  template <class VisitPixel>
-  void visit(const Group& group, int64_t begin, int64_t end, VisitPixel pixel) const {
+  template <class VisitPixels>
+  void visit(const Group& group, int64_t begin, int64_t end, VisitPixels pixels) const {
     if (group.columns == 0) {
       for (int64_t i = begin; i < end; ++i)
-        pixel(i % batch_, corners_[2 * (i / batch_)], corners_[2 * (i / batch_) + 1]);
+        pixels(i % batch_, corners_[2 * (i / batch_)], corners_[2 * (i / batch_) + 1], 1);
       return;
     }
     const int64_t size = group.count / batch_;
     int64_t image = begin / size, row = begin % size / group.columns, column = begin % size % group.columns;
-    for (int64_t i = begin; i < end; ++i) {
-      pixel(image, group.row + row, group.column + column);
-      if (++column < group.columns) continue;
-      column = 0;
+    for (int64_t i = begin; i < end;) {
+      const int64_t count = std::min(end - i, group.columns - column);
+      pixels(image, group.row + row, group.column + column, count);
+      i += count, column = 0;
       if (++row * group.columns == size) row = 0, ++image;
     }
   }

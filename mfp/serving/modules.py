@@ -6,6 +6,7 @@ Under export and compilation each one is plain torch operations, so that it goes
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from mfp import backend as backends
 from mfp import ops
+from mfp.conv_weights import conv2d_sizes, pack_conv2d, pack_depthwise_conv2d, winograd_weight
 from mfp.modules import fits_op, only_runs, per_channel
 
 
@@ -62,16 +64,17 @@ ACTIVATIONS = {
     "hardswish": ("hardswish", [], F.hardswish),
     "silu": ("swish", [], F.silu),
 }
+WINOGRAD_PIXELS = 49  # of the input, at least
 CLAMPS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
 class ServingConv2d(nn.Conv2d):
     """conv and activation in one, with the weight packed once for this processor: for serving on a CPU.
 
-    Convs without groups, with no activation or a clamp, run as mfp's op, others as oneDNN's. torch packs a plain conv's
-    weight anew at each call, which costs a 1x1 conv as much time as its arithmetic. The packed copy is made at the
-    first call without gradients and renewed when the parameters change; wherever it does not apply (gradients, export,
-    other devices and dtypes), this is an ordinary conv and activation.
+    Convs without groups and depthwise ones, with no activation or a clamp, run as mfp's ops, others as oneDNN's. torch
+    packs a plain conv's weight anew at each call, which costs a 1x1 conv as much time as its arithmetic. The packed
+    copy is made at the first call without gradients and renewed when the parameters change; wherever it does not apply
+    (gradients, export, other devices and dtypes), this is an ordinary conv and activation.
     """
 
     _packed: tuple[tuple | None, Any, Any] = (None, None, None)  # state, weights, the parameters' memory
@@ -82,10 +85,12 @@ class ServingConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.runs_op(x):
-            weight, bias = self.packed(self.pack)
-            return ops.conv2d(
-                x, weight, bias, self.out_channels, self.stride, self.padding, self.dilation, *CLAMPS[self.activation]
-            )
+            geometry, clamp = (self.stride, self.padding, self.dilation), CLAMPS[self.activation]
+            if self.groups > 1:
+                return ops.depthwise_conv2d(x, *self.packed(self.pack_depthwise), *geometry, *clamp)
+            winograd = self.is_for_winograd(x)
+            weight, bias = self.packed(self.pack, winograd)
+            return ops.conv2d(x, weight, bias, self.out_channels, *geometry, *clamp, winograd)
         name, numbers, function = ACTIVATIONS[self.activation]
         if not (ONEDNN and self.is_plain(x)):
             return function(super().forward(x))
@@ -96,7 +101,8 @@ class ServingConv2d(nn.Conv2d):
 
     def runs_op(self, x: Tensor) -> bool:
         """Whether the call is one for mfp's op."""
-        if self.groups != 1 or self.activation not in CLAMPS or not self.is_plain(x):
+        is_depthwise = self.groups == self.in_channels == self.out_channels
+        if not (self.groups == 1 or is_depthwise) or self.activation not in CLAMPS or not self.is_plain(x):
             return False
         return backends.choose(x.device).name == "cpu"
 
@@ -106,7 +112,19 @@ class ServingConv2d(nn.Conv2d):
             return False
         return x.dim() == 4 and x.numel() > 0 and x.is_cpu and x.dtype == self.weight.dtype == torch.float32
 
-    def packed(self, pack: Callable[..., Any], *sizes: torch.Size) -> Any:
+    def is_for_winograd(self, x: Tensor) -> bool:
+        """Whether Winograd's form of the conv is faster; it must not depend on the batch, for equal results.
+
+        Below 16 channels or filters the transformations cost too much, and its weights, four times the kernel's, must
+        be used for enough outputs to be worth reading.
+        """
+        if (self.kernel_size, self.stride, self.dilation) != ((3, 3), (1, 1), (1, 1)):
+            return False
+        if min(self.in_channels, self.out_channels) < 16 or os.environ.get("MFP_WINOGRAD") == "0":
+            return False
+        return x.shape[2] * x.shape[3] >= WINOGRAD_PIXELS
+
+    def packed(self, pack: Callable[..., Any], *sizes: Any) -> Any:
         """``pack(*sizes)``, kept until the parameters or the sizes change."""
         state, packed, _ = self._packed  # once: another thread may renew it
         now = (*sizes, *version_of(self.weight), *version_of(self.bias))
@@ -116,8 +134,14 @@ class ServingConv2d(nn.Conv2d):
             self._packed = (now, packed, memory)
         return packed
 
-    def pack(self) -> tuple[Tensor, Tensor]:
-        return ops.pack_conv2d(self.weight.detach(), None if self.bias is None else self.bias.detach())
+    def pack(self, winograd: bool = False) -> tuple[Tensor, Tensor]:
+        weight = self.weight.detach()
+        return pack_conv2d(
+            winograd_weight(weight) if winograd else weight, None if self.bias is None else self.bias.detach()
+        )
+
+    def pack_depthwise(self) -> tuple[Tensor, Tensor]:
+        return pack_depthwise_conv2d(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
     def pack_for_onednn(self, shape: torch.Size) -> Tensor:
         weight = self.weight.detach().to_mkldnn()
@@ -148,14 +172,15 @@ class ServingJoin2d(ServingConv2d):
         geometry = self.stride, self.padding, self.dilation
         if not self.runs_op(x) or residual.dtype != x.dtype or not self.is_alike(residual, x):
             return joined(residual, super().forward(x), self.index, self.relu)
-        weight, bias = self.packed(self.pack)
+        winograd = self.is_for_winograd(x)
+        weight, bias = self.packed(self.pack, winograd)
         own = self.inplace and residual.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
         if not (own and residual.is_contiguous(memory_format=torch.channels_last)):
             residual = residual.clone(memory_format=torch.channels_last)
-        ops.conv2d_join_(residual, x, weight, bias, self.index, *geometry, self.relu)
+        ops.conv2d_join_(residual, x, weight, bias, self.index, *geometry, self.relu, winograd)
         return residual
 
     def is_alike(self, residual: Tensor, x: Tensor) -> bool:
         """Whether the conv's result has the residual's batch and image size: else torch broadcasts."""
-        sizes = ops.conv2d_sizes(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation)
+        sizes = conv2d_sizes(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation)
         return len(residual) == len(x) and list(residual.shape[2:]) == sizes

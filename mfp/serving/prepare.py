@@ -190,8 +190,8 @@ def is_free_after(node: fx.Node, value: fx.Node, graph: fx.Graph, modules: dict[
     if any(other in family for other in node.args if other is not value) or node.args.count(value) > 1:
         return False
     for alias in family:
-        if alias is node:
-            continue
+        if order[alias] >= order[node]:
+            continue  # what comes later is the node's own result, or was read by way of an earlier alias
         if alias.op in ("placeholder", "get_attr") or any(order[user] > order[node] for user in alias.users):
             return False
     return True

@@ -364,8 +364,42 @@ static std::vector<float> small_integers(int64_t count, std::mt19937& random) {
   return numbers;
 }
 
+// 3x3 kernels [blocks, 3, 3, channels, 16] at the points of Winograd's F(4x4, 3x3): [blocks, 6, 6, channels, 16].
+static std::vector<float> winograd_weights(const std::vector<float>& weights, int64_t blocks, int64_t row) {
+  const double points[5] = {0, 0.75, -0.75, 1.5, -1.5};
+  double rows[6][3] = {{}, {}, {}, {}, {}, {0, 0, 1}};
+  for (int p = 0; p < 5; ++p) {
+    double divisor = 1;
+    for (int q = 0; q < 5; ++q) divisor *= p == q ? 1 : points[p] - points[q];
+    for (int k = 0; k < 3; ++k) rows[p][k] = std::pow(points[p], k) / divisor;
+  }
+  std::vector<float> found(blocks * 36 * row);
+  for (int64_t i = 0; i < static_cast<int64_t>(found.size()); ++i) {
+    const int64_t block = i / row / 36, place = i / row % 36;
+    double sum = 0;
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      sum += rows[place / 6][tap / 3] * rows[place % 6][tap % 3] * weights[(block * 9 + tap) * row + i % row];
+    }
+    found[i] = static_cast<float>(sum);
+  }
+  return found;
+}
+
+#define OF_ISA(isa, name) (isa == Isa::avx512 ? avx512::name : isa == Isa::avx2 ? avx2::name : portable::name)
+
+static void run_conv(const Conv& conv, Isa isa, int threads) {
+  if (conv.winograd) {
+    const ConvTasks tasks = OF_ISA(isa, winograd_tasks)(conv, threads);
+    for (int64_t i = tasks.count(); i-- > 0;) OF_ISA(isa, winograd_task)(conv, tasks, i);
+    return;
+  }
+  const PixelOrder order(conv, tile_pixels(isa));
+  const ConvTasks tasks = OF_ISA(isa, conv_tasks)(conv, order.tiles(), threads);
+  for (int64_t i = tasks.count(); i-- > 0;) OF_ISA(isa, conv_task)(conv, order, tasks, i);
+}
+
 // One shape at every instruction set, alone and joined into a residual with every second channel; sums of small
-// integers are exact.
+// integers are exact, but for Winograd's.
 static void check_conv(Conv conv, std::mt19937& random) {
   for (int d = 0; d < 2; ++d) {
     const int64_t reach = conv.dilation[d] * (conv.kernel[d] - 1);
@@ -396,6 +430,13 @@ static void check_conv(Conv conv, std::mt19937& random) {
       expected.push_back(sum);
     }
   }
+  std::vector<float> transformed;
+  double tolerance = 0;
+  if (conv.winograd) {
+    transformed = winograd_weights(weights, blocks, conv.channels * kBlock);
+    conv.weights = transformed.data();
+    for (double value : expected) tolerance = std::fmax(tolerance, 1e-5 * std::fabs(value));
+  }
   conv.residual_channels = 2 * conv.filters;
   std::vector<int64_t> index;
   std::vector<uint16_t> landing((conv.residual_channels + 15) / 16 + 1);
@@ -410,26 +451,19 @@ static void check_conv(Conv conv, std::mt19937& random) {
       auto output = small_integers(conv.pixels() * conv.out_channels(), random);
       const auto before = output;
       conv.output = output.data();
-      const PixelOrder order(conv, tile_pixels(isa));
-      const auto tasks_of = isa == Isa::avx512 ? avx512::conv_tasks
-                            : isa == Isa::avx2 ? avx2::conv_tasks
-                                               : portable::conv_tasks;
-      const auto task = isa == Isa::avx512 ? avx512::conv_task
-                        : isa == Isa::avx2 ? avx2::conv_task
-                                           : portable::conv_task;
       for (int threads : {1, 7}) {
         output = before;
-        const ConvTasks tasks = tasks_of(conv, order.tiles(), threads);
-        for (int64_t i = tasks.count(); i-- > 0;) task(conv, order, tasks, i);
+        run_conv(conv, isa, threads);
         bool good = true;
         for (size_t i = 0; i < output.size(); ++i) {
           const int64_t channel = i % conv.out_channels(), pixel = i / conv.out_channels();
           double right = joined ? before[i] : expected[i];
           if (joined && channel % 2 == 1) right += expected[pixel * conv.filters + channel / 2];
-          good &= output[i] == (conv.relu ? std::fmax(right, 0) : right);
+          good &= std::fabs(output[i] - (conv.relu ? std::fmax(right, 0) : right)) <= tolerance;
         }
-        expect(good, std::string("conv ") + isa_name(isa) + " " + std::to_string(conv.channels) + " to " +
-                         std::to_string(conv.filters) + (joined ? " joined" : ""));
+        expect(good, std::string(conv.winograd ? "winograd " : "conv ") + isa_name(isa) + " " +
+                         std::to_string(conv.channels) + " to " + std::to_string(conv.filters) +
+                         (joined ? " joined" : ""));
       }
     }
   }
@@ -445,6 +479,16 @@ static void check_convs(std::mt19937& random) {
                 .stride = {1, 1},
                 .padding = {1, 1},
                 .dilation = {1, 1}},
+               random);
+    check_conv({.batch = 2,
+                .channels = 19,
+                .filters = filters,
+                .size = {5, 9},
+                .kernel = {3, 3},
+                .stride = {1, 1},
+                .padding = {1, filters % 3},
+                .dilation = {1, 1},
+                .winograd = true},
                random);
     check_conv({.batch = 1,
                 .channels = 17,
@@ -471,6 +515,57 @@ static void check_convs(std::mt19937& random) {
   }
 }
 
+static void check_depthwise(Conv conv, std::mt19937& random) {
+  for (int d = 0; d < 2; ++d) {
+    const int64_t reach = conv.dilation[d] * (conv.kernel[d] - 1);
+    conv.out_size[d] = (conv.size[d] + 2 * conv.padding[d] - reach - 1) / conv.stride[d] + 1;
+  }
+  const int64_t width = (conv.channels + kBlock - 1) / kBlock * kBlock;
+  const auto input = small_integers(conv.batch * conv.size[0] * conv.size[1] * conv.channels, random);
+  const auto weights = small_integers(conv.taps() * width, random), bias = small_integers(width, random);
+  conv.input = input.data(), conv.weights = weights.data(), conv.bias = bias.data();
+  conv.filters = conv.channels, conv.low = -3, conv.high = 20;
+  for (Isa isa : levels()) {
+    std::vector<float> output(conv.pixels() * conv.channels);
+    conv.output = output.data();
+    for (int64_t row = conv.batch * conv.out_size[0]; row-- > 0;) OF_ISA(isa, depthwise_row)(conv, row);
+    bool good = true;
+    for (size_t i = 0; i < output.size(); ++i) {
+      const int64_t c = i % conv.channels, pixel = i / conv.channels, column = pixel % conv.out_size[1];
+      const int64_t row = pixel / conv.out_size[1] % conv.out_size[0];
+      const int64_t image = pixel / conv.out_size[1] / conv.out_size[0];
+      double sum = bias[c];
+      for (int64_t tap = 0; tap < conv.taps(); ++tap) {
+        const int64_t y = row * conv.stride[0] - conv.padding[0] + tap / conv.kernel[1] * conv.dilation[0];
+        const int64_t x = column * conv.stride[1] - conv.padding[1] + tap % conv.kernel[1] * conv.dilation[1];
+        if (y < 0 || y >= conv.size[0] || x < 0 || x >= conv.size[1]) continue;
+        sum += input[((image * conv.size[0] + y) * conv.size[1] + x) * conv.channels + c] * weights[tap * width + c];
+      }
+      good &= output[i] == std::fmin(std::fmax(sum, -3), 20);
+    }
+    expect(good, std::string("depthwise conv ") + isa_name(isa) + " " + std::to_string(conv.channels));
+  }
+}
+
+static void check_depthwise_convs(std::mt19937& random) {
+  for (int64_t channels : {1, 4, 7, 8, 9, 16, 17, 33}) {
+    for (int64_t kernel : {1, 3, 5}) {
+      for (int64_t stride : {1, 2}) {
+        for (int64_t dilation : {1, 3}) {
+          check_depthwise({.batch = 2,
+                           .channels = channels,
+                           .size = {13, 21},
+                           .kernel = {kernel, 3},
+                           .stride = {stride, 1},
+                           .padding = {kernel / 2, stride + 1},
+                           .dilation = {1, dilation}},
+                          random);
+        }
+      }
+    }
+  }
+}
+
 int main() {
   std::mt19937 random(1);
   // One less, the same and one more than a vector, a panel and a tile of columns, of rows, and a block of weights.
@@ -486,6 +581,7 @@ int main() {
   for (int64_t n : {191, 192, 193, 200}) check_scores({{n, 3}}, DType::float32, random);
   check_scores({{3, 0}, {0, 5}, {2, 2}}, DType::float32, random);
   check_convs(random);
+  check_depthwise_convs(random);
   check_single_criteria(random);
   check_not_finite(random);
   check_selection();
