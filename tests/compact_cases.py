@@ -1,15 +1,11 @@
 """Networks with pruned filters and random BatchNorm statistics, and the comparison that tests of compaction make."""
 
 import dataclasses
-import os
 
-import pytest
 import torch
 from torch import nn
 
 import mfp
-
-slow = pytest.mark.skipif(not os.environ.get("MFP_SLOW"), reason="takes minutes; MFP_SLOW=1 runs it")
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -12,7 +12,7 @@ from mfp.bench import engines, jobs, measure, overhead, table
 from mfp.bench.oracle import Sample
 from mfp.criteria import criterion
 from mfp.errors import MfpError
-from mfp.train.models import build_model
+from mfp.train.models import CifarResNet, build_model
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,7 @@ def test_without_the_compiled_part_it_says_so(monkeypatch):
 
 
 def test_engines_side_by_side(capsys, monkeypatch):
+    monkeypatch.setattr(engines, "build_model", lambda name, classes: CifarResNet(8, classes))
     for name, value in {"SIZE": 32, "ROUNDS": 1, "SECONDS": 0.01, "FORMS": ("coupled", "index")}.items():
         monkeypatch.setattr(engines, name, value)
     bench.main(["--engines", "onnxruntime,mfp", "--arch", "resnet20", "--batch", "1,2", "--rate", "0.6", "--json"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 
 import mfp
 from mfp import cli
+from mfp.export import engines
 from mfp.train.checkpoints import checkpoint_files
 from mfp.train.config import RunConfig
 from mfp.train.recipes import RECIPES
@@ -105,8 +107,9 @@ def test_compact_a_checkpoint(finished, command, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["run", "file"])
-def test_export_verified_and_measured(finished, command, tmp_path, source):
+def test_export_verified_and_measured(finished, command, tmp_path, source, monkeypatch):
     directory, _ = finished
+    monkeypatch.setattr(engines, "measure", functools.partial(engines.measure, rounds=1, seconds=0.01))
     given = (directory, "--model", "train_helpers:TinyNet") if source == "run" else (directory / "compact.mfp",)
     code, out, err = command(
         "export", given[0], tmp_path / "s.onnx", "--verify", "--measure", "--batch", "1,2", *given[1:]

@@ -1,9 +1,12 @@
+"""Compact networks compute what the masked ones do, in every family, and save the FLOPs that were published."""
+
 import copy
 
 import pytest
 import torch
 import torchvision
 from compact_cases import difference, masked
+from small_networks import NETWORKS
 from torch import nn
 
 import mfp
@@ -12,46 +15,29 @@ from mfp.train.models import CifarResNet
 torch.set_num_threads(1)
 
 
-def vgg16_bn() -> nn.Module:
-    """torchvision's, with a classifier of 64 instead of 4096: 1.6 M weights there instead of 120 M."""
-    model = torchvision.models.vgg16_bn(num_classes=10)
-    model.classifier = nn.Sequential(nn.Linear(25088, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 10))
-    return model
+#: Grouped convs need equally many filters a group; ShuffleNet's shuffle and LayerNorm read all channels.
+KEEP_SOME = ("resnext", "regnet_x", "regnet_y", "shufflenet", "convnext")
 
 
-NETWORKS = {
-    "cifar_resnet20": lambda: CifarResNet(20),
-    "cifar_resnet56": lambda: CifarResNet(56),
-    "resnet18": lambda: torchvision.models.resnet18(num_classes=10),
-    "resnet34": lambda: torchvision.models.resnet34(num_classes=10),
-    "resnet50": lambda: torchvision.models.resnet50(num_classes=10),
-    "vgg16_bn": vgg16_bn,
-}
-
-
-@pytest.mark.parametrize("mask_bn", [True, False])
+@pytest.mark.parametrize(
+    ("mask_bn", "dtype", "tolerance"), [(True, torch.float32, 1e-5), (False, torch.float64, 1e-12)]
+)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_compact_equals_masked(name, mask_bn):
-    torch.manual_seed(0)
-    model = masked(NETWORKS[name](), mask_bn=mask_bn)
+def test_compact_equals_masked(name, mask_bn, dtype, tolerance):
+    model = masked(NETWORKS[name](), mask_bn=mask_bn).to(dtype)
     before = copy.deepcopy(model.state_dict())
-    small = mfp.compact(model, torch.randn(1, 3, 64, 64))
-    other_size = torch.randn(2, 3, 80, 72)  # neither the example's batch nor its image size
+    small = mfp.compact(model, torch.randn(1, 3, 64, 64, dtype=dtype))
+    other_size = torch.randn(2, 3, 80, 72, dtype=dtype)  # neither the example's batch nor its image size
     with torch.no_grad():
-        assert difference(model(other_size), small(other_size)) < 1e-5
-    assert small.report.flops_saved > 0.45
-    assert small.report.kept_because == []
+        assert difference(model(other_size), small(other_size)) < tolerance
+    assert small.report.flops_saved > (0.34 if name in KEEP_SOME else 0.45)
+    assert (small.report.kept_because == []) == (name not in KEEP_SOME)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
-    model, other_size = model.double(), other_size.double()
-    exact = mfp.compact(model, torch.randn(1, 3, 64, 64, dtype=torch.float64))
-    with torch.no_grad():
-        assert difference(model(other_size), exact(other_size)) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "resnet50", "vgg16_bn"])
+@pytest.mark.parametrize("name", ["cifar resnet", "resnet bottleneck", "vgg_bn"])
 def test_folded_equals_masked(name):
-    torch.manual_seed(0)
     model = masked(NETWORKS[name](), mask_bn=False).double()
     small = mfp.compact(model, torch.randn(1, 3, 64, 64, dtype=torch.float64), fold_bn=True)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in small.modules())
@@ -61,7 +47,7 @@ def test_folded_equals_masked(name):
 
 
 PUBLISHED = [  # FLOPs saved in percent, and how near ours must be (method.md: the FPGM paper, tables 1 and 2)
-    ("resnet18", 0.3, 41.8, 1.2), ("resnet34", 0.3, 41.1, 1.2), ("resnet50", 0.3, 42.2, 1.2),
+    ("resnet18", 0.3, 41.8, 1.2), ("resnet34", 0.3, 41.1, 1.2),
     ("resnet50", 0.4, 53.5, 1.2), ("resnet101", 0.3, 42.2, 1.2),
     (20, 0.3, 42.2, 2.0), (20, 0.4, 54.0, 2.0), (32, 0.4, 53.2, 2.0), (56, 0.4, 52.6, 2.0), (110, 0.4, 52.3, 2.0),
 ]  # fmt: skip
@@ -69,7 +55,6 @@ PUBLISHED = [  # FLOPs saved in percent, and how near ours must be (method.md: t
 
 @pytest.mark.parametrize(("name", "rate", "saved", "near"), PUBLISHED)
 def test_flops_saved_are_the_published_ones(name, rate, saved, near):
-    torch.manual_seed(0)
     if isinstance(name, int):
         model, x = CifarResNet(name), torch.randn(1, 3, 32, 32)
     else:
@@ -78,7 +63,8 @@ def test_flops_saved_are_the_published_ones(name, rate, saved, near):
     assert 100 * small.report.flops_saved == pytest.approx(saved, abs=near)
 
 
-def test_shapes_of_resnet50_are_the_authors():
-    small = mfp.compact(masked(torchvision.models.resnet50(), rate=0.3), torch.randn(1, 3, 64, 64))
+def test_shapes_and_flops_of_resnet50_are_the_authors():
+    small = mfp.compact(masked(torchvision.models.resnet50(), rate=0.3), torch.randn(1, 3, 224, 224))
     assert list(small.conv1.weight.shape) == [45, 3, 7, 7]
     assert list(small.layer1.get_submodule("0.conv1").weight.shape) == [45, 45, 1, 1]
+    assert 100 * small.report.flops_saved == pytest.approx(42.2, abs=1.2)

@@ -274,7 +274,7 @@ def compare(model, small, x, tolerance=1e-9) -> None:
         assert (a - b).abs().max() <= tolerance * max(a.abs().max(), 1.0)
 
 
-SETTINGS = settings(max_examples=55, suppress_health_check=list(HealthCheck))  # the rest: tests/conftest.py
+SETTINGS = settings(max_examples=25, suppress_health_check=list(HealthCheck))  # the rest: tests/conftest.py
 
 
 def any_size(small):
@@ -291,7 +291,7 @@ def test_compact_equals_masked_on_random_graphs(model):
         compare(model, small, torch.randn(1, 3, 9, 8, dtype=torch.float64))
 
 
-@settings(SETTINGS, max_examples=20)
+@settings(SETTINGS, max_examples=12)
 @given(networks())
 def test_serving_form_equals_masked_on_random_graphs(model):
     """Filters filled up, BatchNorm folded, memory reused; in float32 the packed convs and the fused join run too."""

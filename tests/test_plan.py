@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision
+from small_networks import NETWORKS
 from torch import nn
 
 import mfp
@@ -29,7 +30,7 @@ def network(**kwargs):
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.29, 0.3, 0.4, 0.5, 0.999])
 def test_exactly_int_n_rate_filters_of_each_layer(rate):
-    plan = mfp.FilterPlan.from_model(torchvision.models.resnet18(), rate=rate)
+    plan = mfp.FilterPlan.from_model(NETWORKS["resnet"](), rate=rate)
     assert [layer.num_pruned for layer in plan.layers] == [int(layer.num_filters * rate) for layer in plan.layers]
     assert all(layer.num_pruned < layer.num_filters for layer in plan.layers)
 
@@ -80,7 +81,7 @@ def test_skip_takes_names_parts_and_globs():
 @pytest.mark.parametrize(("multiple", "kept"), [(1, 39), (8, 40), (16, 48), (64, 64), (128, 64)])
 def test_channel_multiple_rounds_the_kept_filters_up(multiple, kept):
     assert 64 - count_pruned(64, 0.4, multiple) == kept
-    plan = mfp.FilterPlan.from_model(torchvision.models.resnet18(), 0.4, channel_multiple=multiple)
+    plan = mfp.FilterPlan.from_model(NETWORKS["resnet"](), 0.4, channel_multiple=multiple)
     assert plan["conv1"].num_filters - plan["conv1"].num_pruned == kept
 
 
@@ -116,7 +117,7 @@ def test_all_kinds_of_convs_and_dtypes():
 
 
 def test_wrappers_are_looked_through():
-    model = torchvision.models.resnet18()
+    model = NETWORKS["resnet"]()
     assert unwrap(nn.DataParallel(model)) is model
     assert unwrap(torch.compile(model)) is model
     assert mfp.FilterPlan.from_model(nn.DataParallel(model)).layers[0].name == "conv1"
@@ -144,7 +145,7 @@ def test_a_plan_notices_a_changed_shape():
 
 
 def test_scaled_rates():
-    plan = mfp.FilterPlan.from_model(torchvision.models.resnet18(), 0.4)
+    plan = mfp.FilterPlan.from_model(NETWORKS["resnet"](), 0.4)
     assert [layer.num_pruned for layer in plan.scaled(0.5).layers] == [
         int(layer.num_filters * 0.2) for layer in plan.layers
     ]
@@ -186,11 +187,11 @@ def test_a_weight_not_laid_out_filter_by_filter_is_refused():
 
 
 def test_coupled_layers_share_one_mask():
-    model = torchvision.models.resnet18()
+    model = NETWORKS["resnet"]()
     plan = mfp.FilterPlan.from_model(model, 0.4, residual="coupled")
     stream = [layer for layer in plan.layers if layer.group == plan["conv1"].group]
     assert [layer.name for layer in stream] == ["conv1", "layer1.0.conv2", "layer1.1.conv2"]
-    assert plan["layer2.0.conv2"].group == plan["layer2.0.downsample.0"].group == plan["layer2.1.conv2"].group
+    assert plan["layer2.0.conv2"].group == plan["layer2.0.downsample.0"].group
     mask = mfp.prune_filters_(plan, "l2_norm")
     assert all(torch.equal(mask.layer(layer.name), mask.layer("conv1")) for layer in stream)
     scores = sum(plan.weight(layer).detach().flatten(1).norm(dim=1) for layer in stream)
@@ -213,14 +214,14 @@ def test_coupled_groups_are_left_out_as_a_whole():
 
 
 @pytest.mark.parametrize(("name", "whole", "pruned"), [
-    ("resnet18", ["conv1", "layer1.1.conv2", "layer3.0.downsample.0"], ["layer1.0.conv1", "layer4.1.conv1"]),
-    ("resnet50", ["layer1.0.conv3", "layer1.0.downsample.0"], ["conv1", "layer1.0.conv1", "layer1.0.conv2"]),
+    ("resnet", ["conv1", "layer1.1.conv2", "layer3.0.downsample.0"], ["layer1.0.conv1", "layer3.0.conv1"]),
+    ("resnet bottleneck", ["layer1.0.conv3", "layer1.0.downsample.0"], ["conv1", "layer1.0.conv1", "layer1.0.conv2"]),
     # the projections at the end of a branch, and the gates of squeeze-excite; not the projection that no sum reads
-    ("efficientnet_b0", ["features.2.1.block.3.0", "features.2.1.block.2.fc2"],
+    ("efficientnet", ["features.2.1.block.3.0", "features.2.1.block.2.fc2"],
      ["features.1.0.block.2.0", "features.2.1.block.0.0", "features.2.1.block.2.fc1"]),
 ])  # fmt: skip
 def test_layers_that_end_in_an_addition_are_kept(name, whole, pruned):
-    model = getattr(torchvision.models, name)()
+    model = NETWORKS[name]()
     plan = mfp.FilterPlan.from_model(model, 0.4, residual="keep")
     names = {layer.name for layer in plan.layers}
     assert names.isdisjoint(whole) and names.issuperset(pruned)
@@ -237,6 +238,6 @@ def test_layers_that_end_in_an_addition_are_kept(name, whole, pruned):
 def test_an_unknown_treatment_of_residual_streams():
     message = "residual must be one of 'index', 'keep', 'coupled', not 'wide'"
     with pytest.raises(mfp.MfpError, match=message):
-        mfp.FilterPlan.from_model(torchvision.models.resnet18(), residual="wide")
+        mfp.FilterPlan.from_model(network(), residual="wide")
     with pytest.raises(mfp.MfpError, match=message):
-        mfp.FilterPruner(torchvision.models.resnet18(), residual="wide")
+        mfp.FilterPruner(network(), residual="wide")

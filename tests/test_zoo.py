@@ -1,8 +1,12 @@
 """A fast selection of the zoo, of every family and every kind of operator; `make zoo` measures all of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from small_networks import NETWORKS
 from zoo import ENTRIES, EXACT, TIMES_LIVE, measure
+from zoo_networks import Entry
 
 #: timm's model files that a compaction can be measured on: those whose networks have convs to prune.
 MODEL_FILES = 60
@@ -10,30 +14,27 @@ MODEL_FILES = 60
 #: What each stands for is what makes it unlike the others.
 FAST = {
     "torchvision: alexnet": "no norms, adaptive pooling, flatten before linear layers",
-    "torchvision: resnet18": "residual streams",
-    "torchvision: shufflenet_v2_x0_5": "channel shuffle, chunk and concatenation",
     "torchvision: squeezenet1_1": "concatenation, a conv as classifier",
     "timm: fasternet_t0": "convs of a part of the channels",
     "timm: hgnetv2_b0": "learned scalar affine, padding by one side, concatenation of many",
-    "timm: mobilenetv4_conv_small_035": "depthwise convs",
     "timm: resnetv2_18": "norm before conv",
     "timm: starnet_s050": "products of two branches",
     "timm: vgg11": "linear layers written as convs, shape-dependent branch",
     "timm: test_byobnet": "several kinds of block",
-    "timm: test_convnext3": "LayerNorm, layer scale, linear layers as 1x1 convs",
-    "timm: test_efficientnet": "squeeze-excite, inverted residuals",
+    "timm: test_convnext3": "LayerNorm, layer scale, linear layers as 1x1 convs, channels last inside",
+    "timm: test_efficientnet": "squeeze-excite, depthwise convs",
     "timm: test_efficientnet_evos": "a norm of timm's own",
     "timm: test_nfnet": "standardized weights",
-    "timm: test_resnet": "average pooling in shortcuts",
-    "transformers: ConvNext": "named arguments, ModelOutput, channels last inside",
-    "transformers: RegNet-x": "convs with groups",
+    "timm: test_resnet": "residual streams, average pooling in shortcuts",
     "transformers: ResNet-basic": "named arguments, ModelOutput",
     "segmentation_models_pytorch: PSPNet/resnet18": "pyramid of poolings, bilinear upsampling",
     "segmentation_models_pytorch: Unet/resnet18": "skip connections, nearest upsampling",
     "one-stage detector: C2f, distances, head per level": "decoding of boxes, several outputs",
 }
+#: Of tests/small_networks.py, where the real one takes long and no small one is in the zoo.
+SMALL = ("shufflenet", "regnet_y", "densenet")
 #: BatchNorm is left as it is: pruned channels become constants that are not zero.
-UNMASKED = ("torchvision: resnet18", "timm: test_efficientnet", "transformers: RegNet-x")
+UNMASKED = ("timm: test_resnet", "timm: test_efficientnet", "transformers: RegNet-x")
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -41,9 +42,14 @@ def test_exact_and_as_small_as_an_observer_sees(name):
     check(measure(ENTRIES[name]))
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_small_networks(name):
+    check(measure(Entry(name, "small", NETWORKS[name])))
+
+
 @pytest.mark.parametrize("name", UNMASKED)
 def test_with_batchnorm_unmasked(name):
-    check(measure(ENTRIES[name], mask_bn=False))
+    check(measure(replace(ENTRIES[name], mask_bn=False)))
 
 
 def check(result):
@@ -88,6 +94,7 @@ def test_the_zoo_is_as_wide_as_it_says():
     for entry in ENTRIES.values():
         families.setdefault(entry.family, set()).add(entry.name)
     assert len(families["torchvision"]) >= 68
+    assert len(families["torchvision, BatchNorm not masked"]) >= 56
     files = {_registry._model_to_module[name] for name in families["timm"]}
     assert len(files) >= MODEL_FILES
     assert len(families["segmentation_models_pytorch"]) == 27

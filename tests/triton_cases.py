@@ -20,8 +20,9 @@ def oracle(weights, criteria):
     return reference.score_filters(weights, *asked(weights, criteria), out_dtype=torch.float64)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), [
+    *((shape, torch.float32) for shape in SHAPES), ((BLOCK, 8), torch.bfloat16), ((BLOCK + 1, 65), torch.float16),
+], ids=str)  # fmt: skip
 def test_scores_are_within_the_bound_of_the_oracle(shape, dtype):
     weight = awkward(*shape, dtype)
     expected = oracle([weight], ALL + POWERS)
@@ -46,7 +47,7 @@ def test_norms_far_apart_and_parallel_filters():
     assert_close(kernels.score_filters([copies], *asked([copies], ALL)), oracle([copies], ALL))
 
 
-@pytest.mark.parametrize("size", [300, 700])
+@pytest.mark.parametrize("size", [300])
 def test_filters_a_ten_thousandth_apart(size):
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(1, size, generator=generator) + 1e-4 * torch.randn(6, size, generator=generator)

@@ -163,13 +163,13 @@ def cast(arguments: Any, dtype: torch.dtype) -> Any:
     return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, arguments)
 
 
-def measure(entry: Entry, mask_bn: bool = True, dtypes: Iterable[torch.dtype] = tuple(EXACT)) -> dict[str, Any]:
+def measure(entry: Entry, dtypes: Iterable[torch.dtype] = tuple(EXACT)) -> dict[str, Any]:
     """Prunes and compacts one network; ``failed`` lists the bounds it misses, ``error`` what was raised."""
     result: dict[str, Any] = {"name": entry.name, "family": entry.family, "known": entry.known, "failed": []}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compare(entry, result, mask_bn, dtypes)
+            compare(entry, result, dtypes)
     except (Exception, TooLong) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         first = (str(error).strip().splitlines() or [""])[0]
@@ -179,7 +179,7 @@ def measure(entry: Entry, mask_bn: bool = True, dtypes: Iterable[torch.dtype] = 
     return result
 
 
-def compare(entry: Entry, result: dict[str, Any], mask_bn: bool, dtypes: Iterable[torch.dtype]) -> None:
+def compare(entry: Entry, result: dict[str, Any], dtypes: Iterable[torch.dtype]) -> None:
     size = entry.size
     torch.manual_seed(0)
     model = entry.build().eval()
@@ -187,7 +187,7 @@ def compare(entry: Entry, result: dict[str, Any], mask_bn: bool, dtypes: Iterabl
     part = model.get_submodule(entry.submodule) if entry.submodule else model
     example = entry.example(images(1, size, size, 3))
     plan = mfp.FilterPlan.from_model(part, RATE, example_input=given(model, part, example))
-    mfp.prune_filters_(plan, "l2_norm", mask_bn=mask_bn)
+    mfp.prune_filters_(plan, "l2_norm", mask_bn=entry.mask_bn)
     settle(model, lambda seed: entry.example(images(OBSERVED, size, size, seed)))
     start = time.perf_counter()
     whole = mfp.compact(model, example, **({"submodule": entry.submodule} if entry.submodule else {}))

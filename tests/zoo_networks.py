@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Entry:
         resize: the second batch has other heights and widths too, not only another number of images.
         slow: takes more than its share of the time, left out by ``--fast``.
         known: why *times live* is above its bound; exactness is asked for all the same.
+        mask_bn: if not, pruned channels become constants that are not zero, which asks most of the rules.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Entry:
     resize: bool = True
     slow: bool = False
     known: str | None = None
+    mask_bn: bool = True
 
 
 def torchvision_classifiers() -> Iterator[Entry]:
@@ -50,7 +52,15 @@ def torchvision_classifiers() -> Iterator[Entry]:
             continue
         slow = name.startswith(("regnet_y_128gf", "regnet_y_32gf", "regnet_x_32gf", "wide_resnet101", "resnext101"))
         slow |= name in ("convnext_large", "convnext_base", "efficientnet_v2_l", "efficientnet_b7", "efficientnet_b6")
-        yield Entry(name, "torchvision", lambda n=name: classifier(n), sizes.get(name, 64), slow=slow)
+        entry = Entry(name, "torchvision", lambda n=name: classifier(n), sizes.get(name, 64), slow=slow)
+        yield entry
+        if not name.startswith(("alexnet", "squeezenet", "convnext")) and name not in (
+            "vgg11",
+            "vgg13",
+            "vgg16",
+            "vgg19",
+        ):
+            yield replace(entry, family="torchvision, BatchNorm not masked", mask_bn=False)
 
 
 def classifier(name: str) -> nn.Module:
