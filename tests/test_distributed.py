@@ -198,7 +198,7 @@ def test_cut_at_every_step_and_resumed_on_two_ranks(tmp_path, data):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("size", "kills"), [(1, 18), (2, 9)])
+@pytest.mark.parametrize(("size", "kills"), [(1, 20), (2, 12)])
 def test_killed_again_and_again(tmp_path, data, size, kills):
     """SIGKILL at random moments from the first to the last of a run: the end is that of one that was never stopped.
 

@@ -54,12 +54,7 @@ def torchvision_classifiers() -> Iterator[Entry]:
         slow |= name in ("convnext_large", "convnext_base", "efficientnet_v2_l", "efficientnet_b7", "efficientnet_b6")
         entry = Entry(name, "torchvision", lambda n=name: classifier(n), sizes.get(name, 64), slow=slow)
         yield entry
-        if not name.startswith(("alexnet", "squeezenet", "convnext")) and name not in (
-            "vgg11",
-            "vgg13",
-            "vgg16",
-            "vgg19",
-        ):
+        if not name.startswith(("alexnet", "squeezenet", "convnext")) and (not name.startswith("vgg") or "_bn" in name):
             yield replace(entry, family="torchvision, BatchNorm not masked", mask_bn=False)
 
 
