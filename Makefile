@@ -20,7 +20,7 @@ test: $(VENV)/installed browser  ## everything that can be proved on this machin
 fuzz: $(VENV)/installed  ## the property tests with new random cases, for 120 seconds or SECONDS=...
 	timeout $$(($(SECONDS) + 900)) $(PYTEST) --fuzz $(SECONDS)
 
-zoo: $(VENV)/installed  ## compacts many networks of torchvision, timm and others, and prints the table of docs/compaction.md
+zoo: $(VENV)/installed  ## compacts many networks of torchvision, timm and others, and prints the table of docs/networks.md
 	$(BIN)/python tests/zoo.py
 
 # For the test that looks at the page of `mfp report`. Only root can install packages, and only some systems have apt.

@@ -15,7 +15,7 @@ from mfp.errors import MfpError
 from mfp.plan import FilterPlan, unwrap
 from mfp.scores import FilterScores, score_filters
 from mfp.selection import select_filters
-from mfp.targets import UNITS, Costs, Unreachable, first_within
+from mfp.targets import UNITS, Costs, Unreachable, cost_in_words, first_within
 from mfp.variants import Variants
 
 RATES = (0.15, 0.3, 0.45, 0.6, 0.75)  # at which the loss is measured; straight lines between them
@@ -74,11 +74,7 @@ class RatesForTarget:
 
     def __str__(self) -> str:
         low, high = min(self.layer_rates.values()), max(self.layer_rates.values())
-        multiple = f", filters in multiples of {self.channel_multiple}" if self.channel_multiple > 1 else ""
-        return (
-            f"rates {low:g} to {high:g}{multiple}: {self.reached:,.6g} of {self.dense:,.6g} {UNITS[self.what]} "
-            f"({self.reached / self.dense:.1%}; asked for {self.asked / self.dense:.1%})"
-        )
+        return f"rates {low:g} to {high:g}{cost_in_words(self)}"
 
 
 def find_rates(
@@ -305,9 +301,8 @@ def _path(
     ]
     while True:
         left_filters, left_inputs = 1 - filters @ rates, 1 - inputs @ rates
-        saves = (
-            (filters.T @ (cost * left_inputs) + inputs.T @ (cost * left_filters)).clamp(min=1e-9).tolist()
-        )  # per rate
+        per_rate = filters.T @ (cost * left_inputs) + inputs.T @ (cost * left_filters)
+        saves = per_rate.clamp(min=1e-9).tolist()
         rises = [
             ((loss - added[number][now]) / (saves[number] * (rate - now)), -saves[number] * (rate - now), number, rate)
             for number, now in enumerate(path[-1])

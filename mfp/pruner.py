@@ -159,7 +159,7 @@ class FilterPruner:
         }  # fmt: skip
         self._plan: FilterPlan | None = None
         self._sleepers: Sleepers | None = None
-        self._variants: Variants | None = None
+        self._variants: Variants | bool | None = None  # False: cannot be captured
         self._first_batch: FirstBatch | None = None
         if example_input is None and calibration:
             example_input = FirstBatch.part_of(self.model, (calibration[0][0],), {})
@@ -326,12 +326,12 @@ class FilterPruner:
 
     def _known_variants(self) -> Variants | None:
         """The network's graph, captured once; None where it cannot be, and the module itself must run."""
-        if self._variants is None or not self._variants.fits():
+        if self._variants is None or (self._variants and not self._variants.fits()):
             try:
                 self._variants = Variants(self.model, self.calibration)
             except CaptureError:
-                return None
-        return self._variants
+                self._variants = False  # nor at the next pruning point, and trying takes seconds
+        return self._variants or None
 
     def state_dict(self) -> dict:
         """What a resumed run needs: plain values for JSON, and tensors.

@@ -59,11 +59,16 @@ class RateForTarget:
     tried: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        multiple = f", filters in multiples of {self.channel_multiple}" if self.channel_multiple > 1 else ""
-        return (
-            f"rate {self.rate:g}{multiple}: {self.reached:,.6g} of {self.dense:,.6g} {UNITS[self.what]} "
-            f"({self.reached / self.dense:.1%}; asked for {self.asked / self.dense:.1%})"
-        )
+        return f"rate {self.rate:g}{cost_in_words(self)}"
+
+
+def cost_in_words(found: Any) -> str:
+    """What a result of find_rate or find_rates reaches, to stand behind its rates."""
+    multiple = f", filters in multiples of {found.channel_multiple}" if found.channel_multiple > 1 else ""
+    return (
+        f"{multiple}: {found.reached:,.6g} of {found.dense:,.6g} {UNITS[found.what]} "
+        f"({found.reached / found.dense:.1%}; asked for {found.asked / found.dense:.1%})"
+    )
 
 
 def find_rate(

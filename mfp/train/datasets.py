@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Subset
 
 from mfp.errors import MfpError
 from mfp.train.order import epoch_order, hold_out
-from mfp.train.own import read_own
+from mfp.train.user_code import read_own
 
 CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100_STATISTICS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))

@@ -52,7 +52,7 @@ def number(view, index):
 
 
 def test_data_of_the_users_own():
-    data, other = (load_data("dataset:test_own:good", seed, validation=0.2) for seed in (0, 1))
+    data, other = (load_data("dataset:test_user_code:good", seed, validation=0.2) for seed in (0, 1))
     assert (data.counts, data.num_classes, data.image_shape) == ([24, 6, 9], 3, (1, 8, 8))
     held = [number(data.validation, i) for i in range(6)]
     assert held == [number(other.validation, i) for i in range(6)]
@@ -60,15 +60,15 @@ def test_data_of_the_users_own():
     assert sorted(data.validation[0, i][1] for i in range(6)) == [0, 0, 1, 1, 2, 2]
     plain, first, second = data.plain[0, 4][0], data.train[0, 4][0], data.train[1, 4][0]
     assert 0 < (first - plain).max() < 1 and not torch.equal(first, second)
-    assert torch.equal(first, load_data("dataset:test_own:good", validation=0.2).train[0, 4][0])
+    assert torch.equal(first, load_data("dataset:test_user_code:good", validation=0.2).train[0, 4][0])
 
 
 def test_a_data_set_without_targets_is_split_too():
-    assert load_data("dataset:test_own:pairs", validation=0.3).counts == [7, 3, 10]
+    assert load_data("dataset:test_user_code:pairs", validation=0.3).counts == [7, 3, 10]
 
 
 def test_what_a_data_set_draws_itself_depends_on_the_key_alone():
-    data, same = (load_data("dataset:test_own:random", 3, validation=0.2) for _ in range(2))
+    data, same = (load_data("dataset:test_user_code:random", 3, validation=0.2) for _ in range(2))
     for view, other in ((data.train, same.train), (data.validation, same.validation), (data.test, same.test)):
         first = view[2, 1][0]
         torch.rand(5)
@@ -116,29 +116,29 @@ RETURNED = [
 
 @pytest.mark.parametrize(("returned", "message"), RETURNED, ids=range(len(RETURNED)))
 def test_functions_that_return_something_else(monkeypatch, returned, message):
-    monkeypatch.setattr("test_own.good", lambda: returned)
+    monkeypatch.setattr("test_user_code.good", lambda: returned)
     with pytest.raises(MfpError) as error:
-        load_data("dataset:test_own:good")
-    assert str(error.value).startswith(f"--dataset test_own:good: {message}")
+        load_data("dataset:test_user_code:good")
+    assert str(error.value).startswith(f"--dataset test_user_code:good: {message}")
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_later_image_that_is_wrong(monkeypatch):
     train = [(torch.zeros(1, 8, 8), 0), (torch.zeros(1, 8, 8), 3), (torch.zeros(1, 8, 9), 0)]
-    monkeypatch.setattr("test_own.good", lambda: {"train": train, "test": Squares(3), "num_classes": 3})
-    data = load_data("dataset:test_own:good")
+    monkeypatch.setattr("test_user_code.good", lambda: {"train": train, "test": Squares(3), "num_classes": 3})
+    data = load_data("dataset:test_user_code:good")
     with pytest.raises(MfpError, match=r"train\[1\]: class 3 is not one of 0 to 2"):
         data.train[0, 1]
     with pytest.raises(MfpError, match=r"train\[2\]: the image is \[1, 8, 9\], the first one is \[1, 8, 8\]"):
         data.plain[0, 2]
 
 
-@pytest.mark.parametrize("name", ["no_such_package_here:f", "test_own:nothing", "test_own:", "./file.py:f"])
+@pytest.mark.parametrize("name", ["no_such_package_here:f", "test_user_code:nothing", "test_user_code:", "./file.py:f"])
 def test_functions_that_are_not_there(name):
     with pytest.raises(MfpError, match=f"--dataset {name}: cannot find it"):
         load_data(f"dataset:{name}")
 
 
 def test_something_else_than_a_function():
-    with pytest.raises(MfpError, match="--dataset test_own:RETURNED is a list, not a function"):
-        load_data("dataset:test_own:RETURNED")
+    with pytest.raises(MfpError, match="--dataset test_user_code:RETURNED is a list, not a function"):
+        load_data("dataset:test_user_code:RETURNED")
