@@ -9,7 +9,7 @@ BUILD_TOOLS := numpy ninja pybind11 wheel "setuptools>=77,<82"
 PYTEST := $(BIN)/python -m pytest -rs --numprocesses logical --maxprocesses 16 --dist worksteal
 SECONDS := 120
 
-.PHONY: demo test fuzz zoo browser gpu lint wheel-test sanitize clean
+.PHONY: demo test fuzz zoo browser gpu figures docs types results lint wheel-test sdist-test sanitize clean
 
 demo: $(VENV)/installed  ## train ResNet-20 on handwritten digits, prune, compact, prove and show what was gained
 	$(BIN)/mfp prune
@@ -32,6 +32,27 @@ browser:
 
 gpu:  ## on a machine with a GPU: build, test and measure with the python and torch that are there (benchmarks/gpu.py)
 	$(PYTHON) benchmarks/gpu.py
+
+figures: $(VENV)/installed  ## the tables and charts of README and docs, from benchmarks/results/
+	$(BIN)/python benchmarks/figures.py
+
+docs: $(VENV)/installed  ## the site, in build/site; a broken link or a missing docstring is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+types: $(VENV)/installed
+	$(BIN)/python -m mypy
+
+# On an idle machine; a file may also be measured by itself (docs/benchmarks.md), then `make figures`.
+RESULTS := benchmarks/results
+results: $(VENV)/installed  ## measure all of benchmarks/results/ anew, and write the documents
+	$(BIN)/mfp bench --json $(RESULTS)/scoring.json
+	$(BIN)/mfp bench --overhead --json $(RESULTS)/overhead.json
+	$(BIN)/mfp bench --compact --batch 1,8 --json $(RESULTS)/compact.json
+	$(BIN)/mfp bench --engines --arch resnet50,resnet18,mobilenet_v2 --batch 1,8 --json $(RESULTS)/engines.json
+	$(BIN)/python benchmarks/compare_torch_pruning.py resnet18 resnet50 mobilenet_v2 regnet_y_400mf \
+		--json $(RESULTS)/torch_pruning.json
+	rm -rf runs/demo && $(BIN)/mfp prune --output runs/demo
+	$(BIN)/python benchmarks/figures.py --demo runs/demo
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

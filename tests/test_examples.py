@@ -4,10 +4,12 @@ import copy
 import importlib
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 
 import mfp
 from mfp.train.data import load_data
@@ -63,6 +65,47 @@ def test_timm_hook(example, capsys):
     small = example("timm_hook").main(epochs=2, images=128)
     assert sum(widths(small)) < sum(widths(dense))
     assert capsys.readouterr().out.count("pruned by") == 2
+
+
+def test_transformers_trainer(example, capsys):
+    pytest.importorskip("accelerate")
+    small = example("transformers_trainer").main(epochs=2, images=64)
+    assert 16 - int(16 * 0.4) in widths(small) and max(widths(small)) == 32  # shortcuts stay
+    assert capsys.readouterr().out.count("pruned by") == 2
+    with torch.no_grad():
+        assert small(pixel_values=torch.randn(3, 3, 32, 32))["logits"].shape == (3, 10)
+
+
+def test_own_images(example, tmp_path, capsys):
+    generator = torch.Generator().manual_seed(0)
+    for name in ("bright", "dark"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(20):
+            noise = torch.rand(3, 40, 48, generator=generator) / 2 + 0.5 * (name == "bright")
+            to_pil_image(noise).save(tmp_path / "images" / name / f"{number}.png")
+    small = example("own_images").main(str(tmp_path / "images"), epochs=2, weights=None, size=32)
+    assert small.report.flops_saved > 0.4
+    assert "accuracy of the small network" in capsys.readouterr().out
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(mfp.load(tmp_path / "small.mfp").eval()(x), small.eval()(x))
+    assert (tmp_path / "small.onnx").stat().st_size > 1e6
+
+
+@pytest.mark.long
+def test_openvino_time(example, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(mfp, "find_rate", a_rate := mock.Mock(wraps=mfp.find_rate))
+    found = example("openvino_time").main("resnet18", "90%", size=64)
+    assert a_rate.call_args.kwargs["engine"] == "openvino" and 0 < found.rate < 1
+    assert (tmp_path / "small.xml").exists() and (tmp_path / "small.bin").exists()
+    assert "OpenVINO" in capsys.readouterr().out or found.engine == "openvino"
+
+
+def test_detector_backbone(example, capsys):
+    small = example("detector_backbone").main(size=96)
+    assert small.report.flops_saved > 0.2
+    apart = float(capsys.readouterr().out.rpartition("at most ")[2].split()[0])
+    assert apart < 1e-2
 
 
 @pytest.mark.long
