@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfp.errors import MfpError
+from mfp.errors import MfpError, did_you_mean
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -86,7 +86,8 @@ def check(attribute: str | Callable[[nn.Module], float], calibration: Batches | 
         return
     if attribute not in WITH_DATA:
         raise MfpError(
-            f"unknown attribute {attribute!r}: known are {', '.join((*WITHOUT_DATA, *WITH_DATA))}, "
+            f"unknown attribute {attribute!r}{did_you_mean(attribute, (*WITHOUT_DATA, *WITH_DATA))}: "
+            f"known are {', '.join((*WITHOUT_DATA, *WITH_DATA))}, "
             "or any callable that takes the model and returns a number"
         )
     if not calibration:

@@ -32,13 +32,14 @@ SWITCHES = (
     "MFP_WINOGRAD",
     "MFP_DEBUG",
     "MFP_CUDA",
+    "MFP_EXTENSION",
     "TORCH_CUDA_ARCH_LIST",
 )  # setup.py explains them
 NAMES = {"flops": "FLOPs", "parameters": "parameters", "milliseconds": "time"}
 
 app = typer.Typer(
     help="Filter pruning of convolutional networks, down to a smaller network that is really faster.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
 )  # fmt: skip
 
 
@@ -173,6 +174,38 @@ def _free_directory(config: RunConfig) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
+#: What `mfp prune --help` shows together. An option that is in no other group is in the last.
+PANELS = {
+    "What matters first": ("arch", "data", "rate", "epochs", "output"),
+    "What is pruned, and how": (
+        "criteria", "attribute", "mode", "residual", "channel_multiple", "skip", "layer_rates", "interval", "settle",
+        "per_layer", "mask_bn", "recalibrate", "calibration_batches",
+    ),
+    "A cost instead of a rate": ("target_flops", "target_parameters", "target_milliseconds", "engine", "allocate"),
+    "Network and data": ("recipe", "weights", "model", "dataset", "validation", "download"),
+    "Optimisation": (
+        "batch", "accumulate", "lr", "momentum", "nesterov", "weight_decay", "schedule", "milestones", "gamma",
+        "warmup_epochs", "clip", "label_smoothing", "ema", "precision", "channels_last", "compile", "seed",
+    ),
+    "The run": ("resume", "dense", "workers", "device", "timeout", "checkpoint_every", "tensorboard"),
+}  # fmt: skip
+
+
+def _in_panels(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    """The options of `mfp prune` in the order of PANELS, each in its group."""
+    places = {name: (panel, place) for panel, names in PANELS.items() for place, name in enumerate(names)}
+    last, order = list(PANELS)[-1], list(PANELS)
+
+    def place(parameter: inspect.Parameter) -> tuple[int, int]:
+        panel, number = places.get(parameter.name, (last, len(parameters)))
+        return (order.index(panel), number) if parameter.name != "ctx" else (-1, 0)
+
+    for parameter in parameters:
+        for option in getattr(parameter.annotation, "__metadata__", ()):
+            option.rich_help_panel = places.get(parameter.name, (last, 0))[0]
+    return sorted(parameters, key=place)
+
+
 def _options() -> Iterator[inspect.Parameter]:
     """One command-line option per setting of RunConfig, with its default and its help."""
     from mfp.train.config import RunConfig
@@ -209,7 +242,7 @@ parameters = [
     if parameter.kind is not inspect.Parameter.VAR_KEYWORD
 ]
 prune.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # typer reads it
-    [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters] + list(_options())
+    _in_panels([parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters] + list(_options()))
 )
 prune.__annotations__ = {name: p.annotation for name, p in prune.__signature__.parameters.items()}
 app.command()(prune)
@@ -436,3 +469,6 @@ def info() -> None:
         print(f"built with {key}: {value}")
     for switch in SWITCHES:
         print(f"switch {switch}: {os.environ.get(switch, 'not set')}")
+    for name, entry in backend.backends().items():
+        if entry.unusable:
+            print(f"to run {name}: {entry.remedy}")
