@@ -68,6 +68,15 @@ wheel-test: $(VENV)/installed  ## build a wheel, install it beside a torch that 
 	.venv-wheel/bin/python -m pip install --quiet dist/mfp-*.whl
 	cd tests && ../.venv-wheel/bin/python -m pytest -c /dev/null -q -p no:cacheprovider test_packaging.py
 
+# A source distribution has all that is compiled, and installs where nothing can be compiled.
+sdist-test: $(VENV)/installed
+	rm -rf build/sdist .venv-sdist
+	$(BIN)/python -m build --sdist --no-isolation --outdir build/sdist . >/dev/null
+	$(BIN)/python -m venv .venv-sdist
+	$(BIN)/python .ci/link.py .venv-sdist torch numpy setuptools wheel
+	MFP_EXTENSION=0 .venv-sdist/bin/python -m pip install --quiet --no-build-isolation build/sdist/mfp-*.tar.gz
+	.venv-sdist/bin/python .ci/check_sdist.py build/sdist/mfp-*.tar.gz
+
 # The CPU kernels without torch, at every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := score isa optim pixel_order $(foreach kernels,pair_sums optim scatter conv,$(foreach isa,portable avx2 avx512,$(kernels)_$(isa)))
 SANITIZE := -std=c++17 -O1 -g -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall \
@@ -95,4 +104,4 @@ $(VENV)/installed: pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -n
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-wheel build dist mfp/*.so
+	rm -rf $(VENV) .venv-wheel .venv-sdist build dist mfp/*.so

@@ -244,7 +244,7 @@ parameters = [
 prune.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # typer reads it
     _in_panels([parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters] + list(_options()))
 )
-prune.__annotations__ = {name: p.annotation for name, p in prune.__signature__.parameters.items()}
+prune.__annotations__ = {name: p.annotation for name, p in inspect.signature(prune).parameters.items()}
 app.command()(prune)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -261,7 +261,7 @@ def _figure(title: str, chart: str, legend: Sequence[str] = ()) -> str:
     return f"<figure><figcaption>{escape(title)}</figcaption><div class='legend'>{entries}</div>{chart}</figure>"
 
 
-def _lines(series: dict[str, Points], marks: Sequence[tuple[float, str]] = ()) -> str:
+def _lines(series: Mapping[str, Points], marks: Sequence[tuple[float, str]] = ()) -> str:
     """Lines over epochs; a mark is a ring around the point of a series at an epoch."""
     points = [point for line in series.values() for point in line if math.isfinite(point[1])]
     if not points:

@@ -80,7 +80,7 @@ def run_file(
     check_engine(engine)
     with tempfile.TemporaryDirectory() as directory:
         given, made = Path(directory) / "inputs.npz", Path(directory) / "outputs.npz"
-        np.savez(given, **inputs)
+        np.savez(given, **inputs)  # type: ignore[arg-type]  # numpy has a flag of another type
         command = [sys.executable, WORKER, engine, file, given, made, ",".join(map(str, batches)), seconds, device]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment())
         if done.returncode:
