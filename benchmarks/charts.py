@@ -17,22 +17,29 @@ SHORT = {"torch.cdist loop": "torch.cdist", "torch.ao FPGM pruner": "torch.ao", 
 ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "mfp": "mfp"}
 
 
+def rows_of(pattern: str, **wanted: object) -> list[dict]:
+    """The rows of these result files that have these values."""
+    files = sorted((ROOT / "benchmarks/results").glob(pattern))
+    found = [row for file in files for row in results.read(file)["rows"] if wanted.items() <= row.items()]
+    if not found:
+        raise SystemExit(f"a chart shows {wanted}, and no row of benchmarks/results/{pattern} has that")
+    return found
+
+
 def scoring_values() -> list[list]:
     """[who, milliseconds] of scoring all layers of ResNet-50 by the geometric median."""
-    rows = results.read(ROOT / "benchmarks/results/scoring.json")["rows"]
-    found = [row for row in rows if row["job"] == "l2_distance"]
+    found = rows_of("scoring*.json", arch="resnet50", job="l2_distance")
     return [[SHORT.get(row["who"], row["who"]), round(1e3 * row["seconds"], 3)] for row in found]
 
 
 def serving_values() -> list[list]:
     """[engine, dense and compact milliseconds, FLOPs kept] of ResNet-50, batch 8, coupled."""
-    rows = results.read(ROOT / "benchmarks/results/engines.json")["rows"]
-    wanted = {"arch": "resnet50", "batch": 8, "residual": "coupled"}
-    found = [row for row in rows if wanted.items() <= row.items()]
+    found = rows_of("engines*.json", arch="resnet50", batch=8, residual="coupled")
     return [
-        [ENGINES[row["engine"]], round(row["dense_ms"], 2), round(row["compact_ms"], 2), round(row["flops_kept"], 3)]
+        [ENGINES.get(row["engine"], row["engine"]), round(row["dense_ms"], 2), round(row["compact_ms"], 2),
+         round(row["flops_kept"], 3)]
         for row in found
-    ]
+    ]  # fmt: skip
 
 
 def draw_overview(values: dict) -> object:
