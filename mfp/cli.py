@@ -260,12 +260,14 @@ def _print_choice(console: Console, choice: dict[str, Any]) -> None:
     values, accuracies = choice["neighbours"], choice["hindsight"]
     if not values:
         return
-    table = Table(title=f"by each criterion alone, at the last pruning point (after epoch {choice['epoch'] + 1})")
+    table = Table(
+        title=f"by each criterion alone, at the last pruning point (after epoch {choice['epoch'] + 1}); → chosen"
+    )
     for column in ("", f"calibration {choice['attribute']}", "validation accuracy, %"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for name in sorted(values, key=lambda name: abs(values[name] - choice["before"])):
-        mark = " (chosen)" if name == choice["chosen"] else ""
-        table.add_row(name + mark, f"{values[name]:.4g}", f"{accuracies[name]:.2f}" if accuracies else "-")
+        mark = "→ " if name == choice["chosen"] else "  "
+        table.add_row(mark + name, f"{values[name]:.4g}", f"{accuracies[name]:.2f}" if accuracies else "-")
     console.print(table)
     if accuracies:
         from mfp.train.evaluation import regret_of

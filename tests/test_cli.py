@@ -331,9 +331,9 @@ def test_rates_and_criterion_at_each_pruning_point(command, tmp_path):
     assert choice["neighbours"].keys() == choice["hindsight"].keys() == candidates and choice["chosen"] in candidates
     shown = [line for line in out.splitlines() if any(name in line for name in candidates) and "%" not in line]
     for name in candidates:
-        (line,) = [line for line in shown if re.search(rf"{name}( \(chosen\))? *│", line)]
+        (line,) = [line for line in shown if re.search(rf"{name} *│", line)]
         assert f"{choice['hindsight'][name]:.2f}" in line and f"{choice['neighbours'][name]:.4g}" in line
-        assert ("(chosen)" in line) == (name == choice["chosen"])
+        assert ("→ " in line) == (name == choice["chosen"])
     behind = max(choice["hindsight"].values()) - choice["hindsight"][choice["chosen"]]
     assert f"the choice was {behind:.2f} points behind the best of them" in out
     code, out, err = command(*arguments, "--hindsight", 0, "--epochs", 1, "--output", tmp_path / "other")
