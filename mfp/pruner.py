@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from torch import nn
 from mfp import attributes, schedule
 from mfp.allocation import Allocator
 from mfp.attributes import Batches
+from mfp.choice import BY_SENSITIVITY, Choice, choose
 from mfp.criteria import PAPER_CRITERIA
 from mfp.errors import MfpError
 from mfp.example import FirstBatch
@@ -21,13 +21,11 @@ from mfp.mask import FilterMask
 from mfp.neighbours import Comparison
 from mfp.plan import FilterPlan, check_plan_arguments, unwrap
 from mfp.scores import FilterScores, batchnorm_scales, check_calibration, check_criteria, score_filters
-from mfp.selection import prune_filters_, select_filters
+from mfp.selection import prune_filters_
 from mfp.sleep import Sleepers
 from mfp.structure import takes_images
-from mfp.variants import Statistics
 
 STATE_VERSION = 1
-BY_SENSITIVITY = " by sensitivity"  # follows a criterion's name where its rates suit the layers
 
 
 @dataclass(frozen=True)
@@ -73,17 +71,6 @@ class Decision:
     def to_dict(self) -> dict:
         """Everything but the mask, as plain values for JSON."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "mask"}
-
-
-class _Choice(NamedTuple):
-    criterion: str | dict[str, str]
-    mask: FilterMask
-    before: float | None
-    after: float | None
-    neighbours: dict[str, float]
-    statistics: Statistics | None = None  # of the BatchNorms, where they were estimated for the choice
-    layer_rates: dict[str, float] | None = None
-    hindsight: dict[str, float] = {}  # noqa: RUF012 (never written to)
 
 
 class FilterPruner:
@@ -169,7 +156,7 @@ class FilterPruner:
             recalibrate = attributes.looks_at_data(attribute) and bool(calibration)
         if recalibrate and not calibration:
             raise MfpError("recalibrate=True needs calibration batches")
-        self._allocator = None if allocate is None else Allocator(allocate, calibration, per_layer)
+        self.allocator = None if allocate is None else Allocator(allocate, calibration, per_layer)
         self.attribute, self.calibration, self.loss = attribute, calibration, loss
         self.mode, self.interval, self.epochs = mode, interval, epochs
         self.mask_bn, self.per_layer, self.recalibrate = mask_bn, per_layer, recalibrate
@@ -180,8 +167,8 @@ class FilterPruner:
         }  # fmt: skip
         self._plan: FilterPlan | None = None
         self._sleepers: Sleepers | None = None
-        self._comparison = Comparison(self.model, attribute, calibration, recalibrate, mask_bn)
-        self._comparison.check()  # now, and not after an epoch of training
+        self.comparison = Comparison(self.model, attribute, calibration, recalibrate, mask_bn)
+        self.comparison.check()  # now, and not after an epoch of training
         self._first_batch: FirstBatch | None = None
         if example_input is None and calibration:
             example_input = FirstBatch.part_of(self.model, (calibration[0][0],), {})
@@ -196,8 +183,8 @@ class FilterPruner:
         plan = FilterPlan.from_model(self.model, example_input=example_input, **self._plan_arguments)
         if "bn_scale" in self.criteria:
             batchnorm_scales(plan)  # raises where a layer has none
-        if self._allocator:
-            self._allocator.look_at(plan, example_input, self._plan_arguments)
+        if self.allocator:
+            self.allocator.look_at(plan, example_input, self._plan_arguments)
         self._plan = plan
         self._sleepers = Sleepers(self._plan)
 
@@ -248,17 +235,17 @@ class FilterPruner:
         values = self.sleepers.copy()
         factor = schedule.rate_factor(self.mode, epoch, self.epochs)
         plan = self.plan if factor == 1.0 else self.plan.scaled(factor)
-        if len(self.criteria) == 1 and not self._allocator:
+        if len(self.criteria) == 1 and not self.allocator:
             data = {"calibration": self.calibration, "loss": self.loss}
             mask = prune_filters_(plan, self.criteria[0], mask_bn=self.mask_bn, **data)
-            choice = _Choice(self.criteria[0], mask, None, None, {})
+            choice = Choice(self.criteria[0], mask, None, None, {})
         else:
-            choice = self._choose(plan, hindsight)
+            choice = choose(self, plan, hindsight)
             choice.mask.apply_(self.mask_bn)
         if self.mask_bn and self.mode != "hard":
             self.sleepers.lay_down(values, choice.mask)
         if self.recalibrate:
-            self._comparison.settle_(choice.statistics)
+            self.comparison.settle_(choice.statistics)
         decision = Decision(
             epoch=epoch,
             rate_factor=factor,
@@ -297,37 +284,6 @@ class FilterPruner:
         asked = (*self.criteria, *more)
         return score_filters(plan or self.plan, asked, calibration=self.calibration, loss=self.loss)
 
-    def _choose(self, plan: FilterPlan, hindsight: Callable[[nn.Module], float] | None) -> _Choice:
-        needed = [c for c in attributes.NEEDED_SCORES.values() if c not in self.criteria]
-        scores = self.score(plan, needed)
-        masks = {criterion: select_filters(scores, criterion) for criterion in self.criteria}
-        if self.per_layer:
-            return self._choose_per_layer(scores, masks)
-        if self._allocator:
-            last = self.decisions[-1].criterion if self.decisions else self.criteria[0]
-            suited = FilterScores(self._allocator.suited(scores, last, self._comparison), scores.by_name)
-            masks |= {c + BY_SENSITIVITY: select_filters(suited, c) for c in self.criteria}
-        if self.attribute in attributes.WITHOUT_DATA:
-            measure = attributes.WITHOUT_DATA[self.attribute]
-            before, values = 1.0, {c: measure(scores, mask.keep) for c, mask in masks.items()}
-            statistics: dict[str, Statistics] = {}
-        else:
-            before, values, statistics = self._comparison.measure(masks)
-        found = self._comparison.also(masks, statistics, hindsight) if hindsight else {}
-        chosen = _closest(before, values)
-        mask, criterion = masks[chosen], chosen.removesuffix(BY_SENSITIVITY)
-        rates = None if chosen == criterion else {layer.name: layer.rate for layer in mask.plan.layers}
-        return _Choice(criterion, mask, before, values[chosen], values, statistics.get(mask.digest), rates, found)
-
-    def _choose_per_layer(self, scores: FilterScores, masks: dict[str, FilterMask]) -> _Choice:
-        measure = attributes.WITHOUT_DATA[self.attribute]
-        chosen = {}
-        for layer in scores.plan.layers:
-            own = {name: row[layer.slice] for name, row in scores.items()}
-            chosen[layer.name] = _closest(1.0, {c: measure(own, m.keep[layer.slice]) for c, m in masks.items()})
-        mask = select_filters(scores, chosen)
-        return _Choice(chosen, mask, 1.0, measure(scores, mask.keep), {})
-
     def state_dict(self) -> dict:
         """What a resumed run needs: plain values for JSON, and tensors.
 
@@ -365,9 +321,3 @@ class FilterPruner:
 
     def _layers(self) -> list[list]:
         return [[layer.name, layer.num_filters, layer.filter_size] for layer in self.plan.layers]
-
-
-def _closest(before: float, values: dict[str, float]) -> str:
-    """The candidate whose attribute is closest; of equals the first, and one that is not a number never wins."""
-    distances = {c: abs(value - before) for c, value in values.items()}
-    return min(distances, key=lambda c: distances[c] if not math.isnan(distances[c]) else math.inf)

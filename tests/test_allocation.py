@@ -231,7 +231,7 @@ def test_rates_that_suit_save_what_the_plans_own_would(batches, monkeypatch, wha
         allocate=what,
     )
     scores = pruner.score()
-    suited = pruner._allocator.suited(scores, "l2_distance", pruner._comparison)
+    suited = pruner.allocator.suited(scores, "l2_distance", pruner.comparison)
     rates = {layer.name: layer.rate for layer in suited.layers}
     assert len(set(rates.values())) > 1
     uniform, own, whole = cost(0.4), cost(0.4, layer_rates=rates), count(network())

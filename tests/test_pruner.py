@@ -11,7 +11,7 @@ from test_attributes import data
 from torch import nn
 
 import mfp
-from mfp.pruner import _closest
+from mfp.choice import closest
 
 CLASSES = 7
 
@@ -55,7 +55,7 @@ def equal(a, b):
 
 @pytest.mark.parametrize("recalibrate", [None, False])
 @pytest.mark.parametrize("attribute", ["loss", "top1_error", "top5_error"])
-def test_the_chosen_neighbour_is_the_closest(attribute, recalibrate):
+def test_the_chosen_neighbour_is_theclosest(attribute, recalibrate):
     """Checked by pruning copies with each criterion alone and measuring them."""
     model, batches = network(), data()
     train(model)
@@ -193,9 +193,9 @@ def test_one_candidate_is_not_tried():
 
 
 def test_ties_go_to_the_first_candidate_and_nan_never_wins():
-    assert _closest(1.0, {"a": 1.5, "b": 0.5, "c": 1.5}) == "a"
-    assert _closest(1.0, {"a": math.nan, "b": 7.0}) == "b"
-    assert _closest(math.nan, {"a": 1.0, "b": 2.0}) == "a"
+    assert closest(1.0, {"a": 1.5, "b": 0.5, "c": 1.5}) == "a"
+    assert closest(1.0, {"a": math.nan, "b": 7.0}) == "b"
+    assert closest(math.nan, {"a": 1.0, "b": 2.0}) == "a"
     decision = mfp.FilterPruner(network(), criteria=("l1_distance", "l2_norm"), attribute=lambda model: 3.0).step(0)
     assert decision.criterion == "l1_distance" and decision.neighbours == {"l1_distance": 3.0, "l2_norm": 3.0}
 
