@@ -260,9 +260,7 @@ def _print_choice(console: Console, choice: dict[str, Any]) -> None:
     values, accuracies = choice["neighbours"], choice["hindsight"]
     if not values:
         return
-    table = Table(
-        title=f"by each criterion alone, at the last pruning point (after epoch {choice['epoch'] + 1}); → chosen"
-    )
+    table = Table(title=f"by each criterion alone, after epoch {choice['epoch'] + 1} (→ chosen)")
     for column in ("", f"calibration {choice['attribute']}", "validation accuracy, %"):
         table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for name in sorted(values, key=lambda name: abs(values[name] - choice["before"])):
