@@ -87,8 +87,10 @@ sdist-test: $(VENV)/installed
 	rm -rf build/sdist .venv-sdist
 	$(BIN)/python -m build --sdist --no-isolation --outdir build/sdist . >/dev/null
 	$(BIN)/python -m venv .venv-sdist
-	$(BIN)/python .ci/link.py .venv-sdist torch numpy setuptools wheel
-	MFP_EXTENSION=0 .venv-sdist/bin/python -m pip install --quiet --no-build-isolation build/sdist/mfp-*.tar.gz
+	$(BIN)/python .ci/link.py .venv-sdist torch numpy
+	MFP_EXTENSION=0 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/sdist \
+		build/sdist/mfp-*.tar.gz
+	.venv-sdist/bin/python -m pip install --quiet build/sdist/mfp-*.whl
 	.venv-sdist/bin/python .ci/check_sdist.py build/sdist/mfp-*.tar.gz
 
 # The CPU kernels without torch, at every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer.

@@ -97,9 +97,9 @@ def check(attribute: str | Callable[[nn.Module], float], calibration: Batches | 
         return
     if attribute not in WITH_DATA:
         raise MfpError(
-            f"unknown attribute {attribute!r}{did_you_mean(attribute, (*WITHOUT_DATA, *WITH_DATA))}: "
-            f"known are {', '.join((*WITHOUT_DATA, *WITH_DATA))}, "
-            "or any callable that takes the model and returns a number"
+            f"unknown attribute {attribute!r}: known are {', '.join((*WITHOUT_DATA, *WITH_DATA))}, "
+            f"or any callable that takes the model and returns a number"
+            f"{did_you_mean(attribute, (*WITHOUT_DATA, *WITH_DATA))}"
         )
     if not calibration:
         raise MfpError(f"attribute {attribute!r} is measured on data: give calibration=[(inputs, targets), ...]")

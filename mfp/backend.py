@@ -115,7 +115,7 @@ def choose(device: torch.device, requested: str | None = None) -> Backend:
         return next(b for b in backends().values() if b.unusable is None and b.accepts(device))
     if requested not in backends():
         near = did_you_mean(requested, backends())
-        raise MfpError(f"unknown backend {requested!r}{near}: known are {', '.join(backends())}")
+        raise MfpError(f"unknown backend {requested!r}: known are {', '.join(backends())}{near}")
     backend = backends()[requested]
     if backend.unusable:
         raise MfpError(f"backend {requested!r} was requested and cannot run: {backend.unusable}")

@@ -91,8 +91,8 @@ def criterion(name: str | Criterion) -> Criterion:
     match = _GENERAL.fullmatch(name) if isinstance(name, str) else None
     if match is None:
         raise MfpError(
-            f"unknown criterion {name!r}{did_you_mean(name, NAMED)}: known are {', '.join(NAMED)}, "
-            "and l<p>_norm and l<p>_distance for real p >= 1"
+            f"unknown criterion {name!r}: known are {', '.join(NAMED)}, "
+            f"and l<p>_norm and l<p>_distance for real p >= 1{did_you_mean(name, NAMED)}"
         )
     exponent = float(match[1])
     if not 1.0 <= exponent < math.inf:

@@ -13,6 +13,6 @@ class CaptureError(MfpError):
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """For a message about an unknown name: ``" (did you mean 'l2_norm'?)"``, or nothing where no known one is near."""
+    """The end of a message about an unknown name: ``"; did you mean 'l2_norm'?"``, or nothing where none is near."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -299,7 +299,7 @@ def _match_all(argument: str, patterns: Iterable[str], convs: Collection[str]) -
     for pattern, layers in found.items():
         if convs and not layers and pattern not in DEFAULT_SKIP:
             near = did_you_mean(pattern, convs)
-            raise MfpError(f"{argument}: {pattern!r} matches no conv layer{near}; the layers are {', '.join(convs)}")
+            raise MfpError(f"{argument}: {pattern!r} matches no conv layer; the layers are {', '.join(convs)}{near}")
     return found
 
 

@@ -68,7 +68,7 @@ def read_source(spec: str, download: bool = False) -> Source:
     }
     if name not in readers:
         near = did_you_mean(name, ("digits", *readers))
-        raise MfpError(f"unknown data {spec!r}{near}; known are {KNOWN}, and --dataset package:function")
+        raise MfpError(f"unknown data {spec!r}; known are {KNOWN}, and --dataset package:function{near}")
     if not path:
         raise MfpError(f"data {spec!r} needs a folder: {name}:PATH")
     return readers[name](Path(path))

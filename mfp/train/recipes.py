@@ -77,5 +77,5 @@ def recipe(name: str) -> Recipe:
         MfpError: unknown; the known ones are listed.
     """
     if name not in RECIPES:
-        raise MfpError(f"unknown recipe {name!r}{did_you_mean(name, RECIPES)}; known are {', '.join(RECIPES)}")
+        raise MfpError(f"unknown recipe {name!r}; known are {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
     return RECIPES[name]
