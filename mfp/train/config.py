@@ -23,6 +23,7 @@ FREE = (
     "download", "workers", "device", "timeout", "checkpoint_every", "tensorboard", "compile", "dense",
     # the rates that these led to are part of the run
     "target_flops", "target_parameters", "target_milliseconds", "engine",
+    "allocate",
 )  # fmt: skip
 
 
