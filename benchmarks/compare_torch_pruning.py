@@ -1,4 +1,4 @@
-"""mfp's compact networks against Torch-Pruning's: `python benchmarks/compare_torch_pruning.py [--json FILE] [NAME ...]`.
+"""mfp's compact networks, and Torch-Pruning's: `compare_torch_pruning.py [NAME ...] [--json FILE]`.
 
 Both prune by FPGM importance, ours layer by layer and with coupled layers. Torch-Pruning is given the rate at which its
 network has the FLOPs of our coupled one; both leave filter counts in multiples of 8. All networks are then timed in the
