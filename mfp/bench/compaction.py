@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,12 +24,12 @@ MULTIPLES = (16, 8, 1)
 LARGEST_DIFFERENCE = 1e-4  # of the largest output; a network that computes something else is not timed
 
 
-def measure(archs: Sequence[str], rate: float, batch: int, console: Console) -> dict[str, Any]:
+def measure(archs: Sequence[str], rate: float, batches: Sequence[int], console: Console) -> dict[str, Any]:
     """Times dense and compact networks in serving form, in one run, after comparing their outputs."""
     rows = []
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("compact networks", total=len(archs))
-        for arch in archs:
+        task = progress.add_task("compact networks", total=len(archs) * len(batches))
+        for arch, batch in itertools.product(archs, batches):
             rows += _measure_network(arch, rate, batch)
             progress.advance(task)
     return {"machine": machine(), "rate": rate, "rows": rows}
