@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -59,6 +60,20 @@ def test_gradients_of_ranks_are_those_of_all_samples(tmp_path, data, size):
     alone = scores(World())
     assert max(alone[1]) > 0
     torch.testing.assert_close(torch.tensor(outcomes[0][2]), torch.tensor(alone), rtol=1e-3, atol=1e-12)
+
+
+def test_ranks_find_the_same_rates_and_the_same_hindsight(tmp_path, data):
+    held = dataclasses.replace(data, validation=data.test)
+
+    def decisions(world: World) -> list[dict]:
+        trainer = tiny_trainer(tmp_path / "run", tiny_config(allocate="each-point"), held, world=world)
+        trainer.fit()
+        return [decision.to_dict() for decision in trainer.pruner.decisions]
+
+    (code, message, first), (_, _, second) = run_ranks(tmp_path / "m", 2, decisions)
+    assert code == 0, message
+    assert first == second and len(first) == 2
+    assert len(first[0]["hindsight"]) == 10 and any(decision["layer_rates"] for decision in first)
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -94,7 +94,7 @@ def inject(trainer, phase: str, at: int, fault: Callable[[], None]) -> None:
     elif phase == "all-reduce":  # inside backward, after the first gradients are there
         trainer.model.conv2.weight.register_hook(lambda gradient: fault() if trainer.step >= at else None)
     elif phase == "pruning":
-        guarded(trainer.pruner, "_attribute_of")
+        guarded(trainer.pruner.comparison, "attribute_of")
     else:
         guarded(trainer, "_save")
 

@@ -90,6 +90,7 @@ def tiny_trainer(
             model, config.rate, criteria=config.criteria, attribute=config.attribute, mode=config.mode,
             calibration=calibration_batches(config, data, world), interval=config.interval,
             epochs=config.choosing_epochs, mask_bn=config.mask_bn, recalibrate=config.recalibrate,
+            allocate=config.allocates,
         )  # fmt: skip
     return Trainer(config, data, model, directory, pruner, world, Reporter(quiet=True))
 

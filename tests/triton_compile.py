@@ -52,6 +52,7 @@ def resources(kernel: JITFunction, constants: dict, warps: int, architecture: in
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if "*" in signature[name]}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+    check_arrival(compiled.asm["ptx"])
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -60,6 +61,17 @@ def resources(kernel: JITFunction, constants: dict, warps: int, architecture: in
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert f"Function {kernel.__name__}" in report
     return int(re.search(r"REG:(\d+)", report)[1]), int(re.search(r"STACK:(\d+)", report)[1])
+
+
+def check_arrival(ptx: str) -> None:
+    """Where tiles count themselves in: a barrier between a block's stores and the atomic, which releases and acquires,
+    and a barrier between the atomic and the loads of what others stored."""
+    names = re.findall(r"\b(bar\.sync|atom\.\S+|st\.global|ld\.global\.cg)", ptx)
+    arrivals = [i for i, name in enumerate(names) if name.startswith("atom")]
+    assert len(arrivals) <= 1
+    for i in arrivals:
+        assert names[i] == "atom.global.gpu.acq_rel.add.u32" and names[i - 1] == names[i + 1] == "bar.sync", names
+        assert "st.global" in names[:i] and "ld.global.cg" in names[i:] and "ld.global.cg" not in names[:i], names
 
 
 class _Device:
