@@ -54,18 +54,18 @@ def _measure_network(arch: str, rate: float, batch: int) -> list[dict[str, Any]]
     with torch.inference_mode():
         times = milliseconds_per_image(networks, images, seconds=max(1.5, math.sqrt(batch)))
     rows = []
-    for multiple in map(str, MULTIPLES):
-        time_saved = 1 - times[multiple] / times["dense"]
+    for name in map(str, MULTIPLES):
+        time_saved = 1 - times[name] / times["dense"]
         rows.append(
             {
                 "arch": arch,
                 "batch": batch,
-                "channel_multiple": int(multiple),
+                "channel_multiple": int(name),
                 "dense_ms": batch * times["dense"],
-                "compact_ms": batch * times[multiple],
-                "flops_saved": saved[multiple],
+                "compact_ms": batch * times[name],
+                "flops_saved": saved[name],
                 "time_saved": time_saved,
-                "ratio": time_saved / saved[multiple],
+                "ratio": time_saved / saved[name],
             }
         )
     return rows

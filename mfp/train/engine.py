@@ -317,13 +317,19 @@ class Trainer:
         watched = "test" if self.data.validation is None else "validation"
         line += f"  {watched} loss {record['loss']:.4f}  accuracy {record['top1']:.2f} %"
         if "criterion" in record:
-            line += f"  pruned by {record['criterion']}  churn {record['churn']:.2f}"
+            line += f"  pruned by {record['criterion']}"
+        line += f"  {record['images_per_second']:.0f} images/s"
+        if not self.reporter.console.is_terminal:  # a log: the rest is in epochs.csv
+            self.reporter.say(line)
+            return
+        if "criterion" in record:
+            line += f"  churn {record['churn']:.2f}"
         shares = [
             f"{key[6:].replace('_', '/')} {100 * value:.0f} %"
             for key, value in record.items()
             if key.startswith("share_")
         ]
-        self.reporter.say(f"{line}  {record['images_per_second']:.0f} images/s ({', '.join(shares)})")
+        self.reporter.say(f"{line}  ({', '.join(shares)})")
 
     def _write_csv(self) -> None:
         """Writes the whole table anew, so that a resumed run never leaves a row twice."""
