@@ -267,7 +267,7 @@ class FilterPruner:
             self.mask.apply_to_gradients_(self.mask_bn)
 
     def shrink_(
-        self, optimizer: Optimizer | None = None, *, averaged: Any = None, submodule: str | None = None
+        self, optimizer: Optimizer | None = None, *, averaged: Any = None, within: nn.Module | None = None
     ) -> nn.Module:
         """Go on with the network that is left: from where the mask holds, the same steps on less arithmetic.
 
@@ -286,8 +286,8 @@ class FilterPruner:
                 scalers go on with it.
             averaged: an average of the weights, or several: anything with a copy of the network as ``module`` (torch's
                 AveragedModel, timm's ModelEma); changed in place.
-            submodule: dotted name of the part to shrink, where the whole cannot be captured; the model itself then
-                stays, with a smaller part in it.
+            within: the module that the pruner's network is a part of (a detector with this backbone, a trainer's
+                module): there the smaller network takes its place, and the optimiser may have all its parameters.
 
         Returns:
             the smaller network (again, when called again). Where it cannot be had, the masked network, with a warning
@@ -297,7 +297,7 @@ class FilterPruner:
             MfpError: the mask does not hold yet, or the optimiser has state or parameters that are not understood.
                 Nothing was changed then.
         """
-        return shrink(self, optimizer, averaged, submodule)
+        return shrink(self, optimizer, averaged, within)
 
     def masked(self, network: nn.Module | None = None) -> nn.Module:
         """The masked network in its original shape, after :meth:`shrink_` with the weights of the smaller network.

@@ -32,8 +32,8 @@ from mfp.capture.sizes import MULTIPLE, TooInvolved, holds_sizes, in_words, refu
 from mfp.errors import CaptureError, MfpError
 
 __all__ = [
-    "DROPOUTS", "Captured", "aliased_arguments", "capture", "drops_whole_samples", "eval_mode", "example_arguments", "exported_program",
-    "plain_tensors", "program_bytes",
+    "DROPOUTS", "Captured", "aliased_arguments", "capture", "drops_whole_samples", "eval_mode", "example_arguments",
+    "exported_program", "plain_tensors", "program_bytes",
 ]  # fmt: skip
 HERE = str(Path(__file__).parent)
 

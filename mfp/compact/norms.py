@@ -85,7 +85,6 @@ class PerChannelNorm(Rule):
 
         return Piece(out.emit(node, fx.map_arg(node.args, convert), {}), piece.ids)
 
-
     @staticmethod
     def input(out: Writer, node: fx.Node) -> Piece:
         """The norm's input, with the constant channels that the norm makes live."""

@@ -74,12 +74,9 @@ def compact_optimizer(optimizer: Optimizer, model: nn.Module, small: fx.GraphMod
 @torch.no_grad()
 def cut_optimizer_(optimizer: Optimizer, model: nn.Module, small: nn.Module, origins: Mapping[str, Origin]) -> None:
     """The optimiser goes on with the smaller network's parameters, in place: what holds it (learning rate schedules,
-    gradient scalers, trainers) goes on with it. Its state of pruned filters must be zero.
-
-    Raises:
-        MfpError: as :func:`check_optimizer`; nothing was changed then.
+    gradient scalers, trainers) goes on with it. It passed :func:`check_optimizer`, and its state of pruned filters is
+    zero; parameters of others stay as they are.
     """
-    check_optimizer(optimizer, model)
     groups, state = _moved(optimizer, dict(model.named_parameters()), small, origins, void_zeros=False)
     if hasattr(optimizer, "mask"):
         optimizer.mask = None
@@ -99,7 +96,7 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
     if strange:
         raise MfpError(
             f"{kind} has {len(strange)} parameters that {type(model).__name__} has not, the first of shape "
-            f"{tuple(strange[0].shape)}: give the pruner the whole model, and submodule=... for the part to shrink"
+            f"{tuple(strange[0].shape)}: give within=... the module that has them all"
         )
     for parameter, state in optimizer.state.items():
         for key, value in state.items() if isinstance(parameter, Tensor) else ():
@@ -122,8 +119,10 @@ def _moved(
 ) -> tuple[list[list[nn.Parameter]], dict[nn.Parameter, dict]]:  # fmt: skip
     """The smaller network's parameters by parameter group, and what is left of the state."""
     owned = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    groups: list[list[nn.Parameter]] = [[] for _ in optimizer.param_groups]
+    mine = {id(parameter) for parameter in olds.values()}
+    groups = [[p for p in group["params"] if id(p) not in mine] for group in optimizer.param_groups]
     state: dict[nn.Parameter, dict] = defaultdict(dict)
+    state |= {p: state for p, state in optimizer.state.items() if id(p) not in mine}
     for name, parameter in small.named_parameters():
         if name not in origins:
             groups[0].append(parameter)
