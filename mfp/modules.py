@@ -10,11 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfp import ops
+from mfp.moves import JoinChannels, SpreadChannels, TakeChannels, is_plain_call, memory_format_of
 
 
 def per_channel(values: Tensor, dim: int, ndim: int) -> Tensor:
     """[n] shaped so that it broadcasts along ``dim`` of a tensor with ``ndim`` dimensions."""
     return values.view([-1 if d == dim else 1 for d in range(ndim)])
+
+
+def is_increasing(index: Tensor) -> bool:
+    return bool((index.diff() > 0).all())
 
 
 class InputSizes(nn.Module):
@@ -46,12 +51,16 @@ class InputSizes(nn.Module):
 class SelectChannels(nn.Module):
     """Takes the channels ``index`` of the input, in that order."""
 
+    in_order = False  # of those from older files
+
     def __init__(self, index: Tensor, dim: int) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.in_order = dim, is_increasing(index)
         self.register_buffer("index", index)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.in_order and is_plain_call(x, self.dim):
+            return TakeChannels.apply(x, self.index)
         return x.index_select(self.dim, self.index)
 
 
@@ -75,10 +84,8 @@ class ExpandChannels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shape = list(x.shape)
         shape[self.dim] = self.width
-        if self.dim == 1 and self.fill is None and self.in_order and fits_op(x) and x.dim() > 2:
-            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x)).zero_()
-            ops.scatter_add_(out, x, self.index, False)
-            return out
+        if self.fill is None and self.in_order and is_plain_call(x, self.dim):
+            return SpreadChannels.apply(x, self.index, self.width)
         out = x.new_zeros(shape).contiguous(memory_format=memory_format_of(x))
         if self.fill is not None:
             out = out + per_channel(self.fill, self.dim, x.dim())
@@ -93,14 +100,19 @@ class ResidualJoin(nn.Module):
     The residual stream keeps its width, [B, Cres, ...]; the branch is [B, len(index), ...].
     """
 
+    in_order = False
+
     def __init__(self, index: Tensor, dim: int, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.in_order = dim, is_increasing(index)
         self.register_buffer("index", index)
         self.bias = None if bias is None else nn.Parameter(bias)
 
     def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
-        out = residual.index_add(self.dim, self.index, branch)
+        if self.in_order and residual.dtype == branch.dtype and is_plain_call(residual, self.dim):
+            out = JoinChannels.apply(residual, branch, self.index)
+        else:
+            out = residual.index_add(self.dim, self.index, branch)
         return out if self.bias is None else out + per_channel(self.bias, self.dim, out.dim())
 
 
@@ -152,9 +164,3 @@ def fits_op(residual: Tensor) -> bool:
     if not only_runs():
         return False
     return residual.dtype in ops.FLOATS and residual.is_contiguous(memory_format=memory_format_of(residual))
-
-
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    if x.is_contiguous() or x.dim() not in (4, 5):
-        return torch.contiguous_format
-    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
