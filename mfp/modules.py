@@ -18,10 +18,6 @@ def per_channel(values: Tensor, dim: int, ndim: int) -> Tensor:
     return values.view([-1 if d == dim else 1 for d in range(ndim)])
 
 
-def is_increasing(index: Tensor) -> bool:
-    return bool((index.diff() > 0).all())
-
-
 class InputSizes(nn.Module):
     """Returns its input, and refuses one of a size that the network was not captured for.
 
@@ -48,18 +44,29 @@ class InputSizes(nn.Module):
         return x
 
 
-class SelectChannels(nn.Module):
-    """Takes the channels ``index`` of the input, in that order."""
-
-    in_order = False  # of those from older files
+class ByIndex(nn.Module):
+    """A module that moves the channels ``index`` along ``dim``."""
 
     def __init__(self, index: Tensor, dim: int) -> None:
         super().__init__()
-        self.dim, self.in_order = dim, is_increasing(index)
+        self.dim = dim
+        self._ordered: tuple[Tensor | None, bool] = None, False
         self.register_buffer("index", index)
 
+    def is_fast(self, x: Tensor) -> bool:
+        """Whether mfp.moves takes the call; the index is looked at once."""
+        if not is_plain_call(x, self.dim):
+            return False
+        if self._ordered[0] is not self.index:
+            self._ordered = self.index, bool((self.index.diff() > 0).all())
+        return self._ordered[1]
+
+
+class SelectChannels(ByIndex):
+    """Takes the channels ``index`` of the input, in that order."""
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.in_order and is_plain_call(x, self.dim):
+        if self.is_fast(x):
             return TakeChannels.apply(x, self.index)
         return x.index_select(self.dim, self.index)
 
@@ -94,22 +101,18 @@ class ExpandChannels(nn.Module):
         return out.index_copy(self.dim, self.index, x)
 
 
-class ResidualJoin(nn.Module):
+class ResidualJoin(ByIndex):
     """residual with the branch's channels added at ``index`` (and constants that the branch lost, when there are any).
 
     The residual stream keeps its width, [B, Cres, ...]; the branch is [B, len(index), ...].
     """
 
-    in_order = False
-
     def __init__(self, index: Tensor, dim: int, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.dim, self.in_order = dim, is_increasing(index)
-        self.register_buffer("index", index)
+        super().__init__(index, dim)
         self.bias = None if bias is None else nn.Parameter(bias)
 
     def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
-        if self.in_order and residual.dtype == branch.dtype and is_plain_call(residual, self.dim):
+        if residual.dtype == branch.dtype and self.is_fast(residual):
             out = JoinChannels.apply(residual, branch, self.index)
         else:
             out = residual.index_add(self.dim, self.index, branch)

@@ -300,7 +300,7 @@ class FilterPruner:
         return shrink(self, optimizer, averaged, within)
 
     def masked(self, network: nn.Module | None = None) -> nn.Module:
-        """The masked network in its original shape, after :meth:`shrink_` with the weights of the smaller network.
+        """The masked network in its original shape; after :meth:`shrink_` on the CPU, with the smaller one's weights.
 
         Args:
             network: take the weights from this copy of the smaller network (an average).

@@ -22,8 +22,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the numbers for machines")
     parser.add_argument("--overhead", action="store_true", help="what pruning adds to an ImageNet epoch, instead")
     parser.add_argument("--compact", action="store_true", help="dense against compact networks, instead")
+    parser.add_argument("--training", action="store_true", help="training steps of the smaller network, instead")
     parser.add_argument("--engines", nargs="?", const="", metavar="NAMES", help=ENGINES_HELP)
-    parser.add_argument("--batch", help="images in a batch of --overhead or --compact (default: 8), of --engines (1,8)")
+    parser.add_argument("--batch", help="images in a batch (default: 8), for --engines of several sizes (1,8)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for --engines (default: cpu)")
     options = parser.parse_args(arguments)
     try:
@@ -46,6 +47,11 @@ def main(arguments: Sequence[str]) -> None:
         archs = [options.arch] if options.arch else compaction.NETWORKS
         report = compaction.measure(archs, options.rate, batches[0], console)
         printer = compaction.print_table
+    elif options.training:
+        from mfp.bench import training
+
+        report = training.measure(options.arch or "resnet50", options.rate, batches[0], console)
+        printer = training.print_table
     elif options.overhead:
         from mfp.bench import overhead
 

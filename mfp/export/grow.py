@@ -264,7 +264,7 @@ def filters_of(layer: nn.Module) -> int:
 
 
 def grow_join(module: ResidualJoin, wanted: Wanted) -> None:
-    module.index, module.in_order = wanted.place.to(module.index.device)[module.index], False
+    module.index = wanted.place.to(module.index.device)[module.index]
     if module.bias is not None:
         module.bias = nn.Parameter(wanted.rows(module.bias.detach()))
 
