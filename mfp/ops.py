@@ -31,7 +31,6 @@ masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor
 int[] offsets, int[] rows, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, \
 int step) -> ()
 scatter_add_(Tensor(a!) residual, Tensor branch, Tensor index, bool relu) -> ()
-gather_channels(Tensor x, Tensor index) -> Tensor
 conv2d(Tensor input, Tensor weights, Tensor bias, int filters, int[] stride, int[] padding, int[] dilation, \
 float low, float high, bool winograd=False) -> Tensor
 depthwise_conv2d(Tensor input, Tensor weights, Tensor bias, int[] stride, int[] padding, int[] dilation, \
@@ -62,11 +61,6 @@ def _(weights, followers, follower_layers, num_pruned, kinds, exponents, chosen,
     filters = sum(len(weight) for weight in weights)
     scores = weights[0].new_empty((len(kinds), filters), dtype=torch.float32)
     return scores, weights[0].new_empty((filters,), dtype=torch.bool)
-
-
-@torch.library.register_fake("mfp::gather_channels", lib=_library)
-def _(x, index):
-    return torch.empty_like(x.index_select(1, index))
 
 
 @torch.library.register_fake("mfp::conv2d", lib=_library)
@@ -339,16 +333,6 @@ def scatter_add_(
         backend: a backend's name, to force it; the best one otherwise.
     """
     _module(residual.device, backend).scatter_add_(residual, branch, index, relu)
-
-
-def gather_channels(x: Tensor, index: Tensor) -> Tensor:
-    """``x[:, index]`` without gradients, in the memory format of ``x``: the way back of :func:`scatter_add_`.
-
-    Args:
-        x: ``[B, C, ...]``, float32, bfloat16 or float16.
-        index: int64 ``[K]``, channels of x.
-    """
-    return torch.ops.mfp.gather_channels(x, index)
 
 
 def conv2d(

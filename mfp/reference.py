@@ -193,11 +193,6 @@ def scatter_add_(residual: Tensor, branch: Tensor, index: Tensor, relu: bool) ->
     residual.copy_(result.clamp(min=0) if relu else result)
 
 
-def gather_channels(x: Tensor, index: Tensor) -> Tensor:
-    """The op ``mfp::gather_channels``."""
-    return x.index_select(1, index)
-
-
 def conv2d(
     input: Tensor,
     weights: Tensor,

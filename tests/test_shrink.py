@@ -14,6 +14,7 @@ from train_helpers import TinyNet
 
 import mfp
 from mfp.compact.count import count_parameters
+from mfp.modules import ExpandChannels, ResidualJoin, SelectChannels
 from mfp.shrinking import held_entries
 
 OPTIMIZERS = {
@@ -283,3 +284,34 @@ def test_what_learns_on_behind_a_pruned_filter_stays():
     pruner.step(0)
     with pytest.warns(UserWarning, match="nothing would get smaller: what follows the pruned filters learns on"):
         assert pruner.shrink_() is biased
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moves_by_index_and_their_gradients_are_torchs(layout, dtype):
+    """On whole numbers, bit for bit; in the layout that they were given."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(channels: int) -> Tensor:
+        values = torch.randint(-9, 10, (3, channels, 5, 4), generator=generator).to(dtype)
+        return values.contiguous(memory_format=layout).requires_grad_()
+
+    index = torch.tensor([0, 3, 4, 9, 16])
+    wide, narrow = numbers(17), numbers(5)
+    modules = {
+        "join": (ResidualJoin(index, 1), (wide, narrow), lambda a, b: a.index_add(1, index, b)),
+        "take": (SelectChannels(index, 1), (wide,), lambda a: a.index_select(1, index)),
+        "spread": (
+            ExpandChannels(torch.arange(5), index, 17, 1, in_order=True), (narrow,),
+            lambda a: torch.zeros_like(wide).index_copy(1, index, a),
+        ),
+    }  # fmt: skip
+    for name, (module, inputs, wanted) in modules.items():
+        ours, theirs = module(*inputs), wanted(*inputs)
+        assert torch.equal(ours, theirs), name
+        assert ours.is_contiguous(memory_format=layout), name
+        gradient = torch.randint(-9, 10, ours.shape, generator=generator).to(dtype).contiguous(memory_format=layout)
+        for mine, its in zip(*(torch.autograd.grad(y, inputs, gradient) for y in (ours, theirs)), strict=True):
+            assert torch.equal(mine, its), name
+    backwards = torch.tensor([4, 1])
+    assert torch.equal(SelectChannels(backwards, 1)(wide), wide.index_select(1, backwards))
