@@ -5,17 +5,31 @@ BIN := $(VENV)/bin
 TORCH := torch==2.14.1 torchvision==0.29.1
 BUILD_TOOLS := numpy ninja pybind11 wheel "setuptools>=77,<82"
 
+# The oldest that is supported, as on the machine whose GPU is used; Triton 3.6's interpreter needs the older numpy.
+OLDEST := .venv-oldest
+OLDEST_PYTHON ?= python3.12
+OLDEST_TORCH := torch==2.11.0 torchvision==0.26.0 "numpy<2.4"
+OLDEST_TESTS := pytest pytest-benchmark pytest-xdist hypothesis scipy timm transformers
+CORE := ops versions scores mask optim scatter serving conv plan pruner files export compact compact_* cuda_logic \
+	compile_cuda triton_logic triton_compile
+
 # One worker a core; whoever has nothing left to do takes over tests from another.
-PYTEST := $(BIN)/python -m pytest -rs --numprocesses logical --maxprocesses 16 --dist worksteal
+WORKERS := --numprocesses logical --maxprocesses 16 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -rs $(WORKERS)
 SECONDS := 120
 
-.PHONY: demo test fuzz zoo browser gpu lint wheel-test sanitize clean
+.PHONY: demo test oldest fuzz zoo browser gpu lint wheel-test sanitize clean
 
 demo: $(VENV)/installed  ## train ResNet-20 on handwritten digits, prune, compact, prove and show what was gained
 	$(BIN)/mfp prune
 
 test: $(VENV)/installed browser  ## everything that can be proved on this machine; what is skipped, and why, is listed
 	$(PYTEST)
+
+# Not part of .ci/run: it downloads 3 GB and takes some twenty minutes on two cores. Before a release, and after a
+# change to a kernel or to what is captured.
+oldest: $(OLDEST)/installed  ## the core tests with Python 3.12, torch 2.11 and Triton 3.6, in an environment of their own
+	$(OLDEST)/bin/python -m pytest -rs $(WORKERS) $(CORE:%=tests/test_%.py)
 
 fuzz: $(VENV)/installed  ## the property tests with new random cases, for 120 seconds or SECONDS=...
 	timeout $$(($(SECONDS) + 900)) $(PYTEST) --fuzz $(SECONDS)
@@ -30,8 +44,8 @@ browser:
 	apt-get -qq -y install --no-install-recommends chromium >/dev/null || \
 	echo "no browser here, and none could be installed: tests/test_report.py will skip the test that needs one"
 
-gpu:  ## on a machine with a GPU: build, test and measure with the python and torch that are there (benchmarks/gpu.py)
-	$(PYTHON) benchmarks/gpu.py
+gpu:  ## on a machine with a GPU: build, test and measure with the python and torch that are there; else ARGS=--dry-run
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -73,5 +87,12 @@ $(VENV)/installed: pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -n
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
+$(OLDEST)/installed: pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	test -x $(OLDEST)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet $(OLDEST_TORCH) $(BUILD_TOOLS)
+	$(OLDEST)/bin/python -m pip install --quiet --no-build-isolation --editable ".[train,onnx,openvino]" $(OLDEST_TORCH) \
+		$(OLDEST_TESTS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-wheel build dist mfp/*.so
+	rm -rf $(VENV) .venv-wheel $(OLDEST) build dist mfp/*.so

@@ -105,7 +105,9 @@ def build_command():
 
     class Build(BuildExtension):
         def finalize_options(self):
-            self.build_temp = self.build_temp or "build/objects"  # kept: only what has changed is compiled again
+            # Kept: only what has changed is compiled again. Each python and torch has its own.
+            objects = f"build/objects/{sys.implementation.cache_tag}-torch-{torch.__version__}"
+            self.build_temp = self.build_temp or objects
             super().finalize_options()
 
     return Build.with_options(use_ninja=True)

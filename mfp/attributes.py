@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from mfp.errors import MfpError
 
 Batches = Sequence[tuple[Tensor, Tensor]]
+ONE_VALUE = (
+    "{} sees one value per channel, which has no variance: give more than one calibration image, or recalibrate=False"
+)
 
 
 def weight_energy(scores: Mapping[str, Tensor], keep: Tensor) -> float:
@@ -66,6 +69,14 @@ def metrics(totals: Tensor) -> dict[str, float]:
     return {"loss": loss, "top1_error": top1, "top5_error": top5}
 
 
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The same on every process of torch.distributed, where that is running."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+        values /= torch.distributed.get_world_size()
+    return values
+
+
 WITHOUT_DATA: dict[str, Callable[[Mapping[str, Tensor], Tensor], float]] = {
     "weight_energy": weight_energy,
     "sparsity": sparsity,
@@ -104,7 +115,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Batches) -> None:
         batches: ``(inputs, targets)`` pairs; the targets are not used.
 
     Raises:
-        MfpError: no batches; the statistics are untouched then.
+        MfpError: no batches, or one in which a BatchNorm sees one value per channel; the statistics are untouched then.
     """
     batches = list(batches)
     if not batches:
@@ -114,6 +125,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Batches) -> None:
         return
     device = next(model.parameters()).device
     momenta = [norm.momentum for norm in norms]
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     with training_flags(model):
         model.eval()
         try:
@@ -123,6 +135,12 @@ def recalibrate_batchnorm(model: nn.Module, batches: Batches) -> None:
                 norm.momentum = None  # cumulative average
             for inputs, _ in batches:
                 model(inputs.to(device, non_blocking=True))
+        except BaseException as error:
+            for buffer, value in before:
+                buffer.copy_(value)
+            if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):  # torch's own words
+                raise MfpError(ONE_VALUE.format("a BatchNorm")) from error
+            raise
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

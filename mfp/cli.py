@@ -235,6 +235,7 @@ def _print_result(result: dict[str, Any], output: Path, recipe_name: str | None)
     row("parameters", "parameters", "{:,}")
     row(f"ms per image (batch {result['timing_batch']})", "milliseconds", "{:.3f}")
     console.print(table)
+    _print_choice(console, result["choice"])
     dense, compact = result["dense"], result["compact"]
     saved = {key: 1 - compact[key] / dense[key] for key in ("flops", "parameters", "milliseconds")}
     trained, validation, tested = result["images"]
@@ -252,6 +253,26 @@ def _print_result(result: dict[str, Any], output: Path, recipe_name: str | None)
         lines.append(f"published for {recipe_name}: {numbers} (FPGM, tables 1 and 2)")
     for line in lines:
         console.print(line, soft_wrap=True)
+
+
+def _print_choice(console: Console, choice: dict[str, Any]) -> None:
+    """What each candidate alone would have given at the last pruning point."""
+    values, accuracies = choice["neighbours"], choice["hindsight"]
+    if not values:
+        return
+    table = Table(title=f"by each criterion alone, after epoch {choice['epoch'] + 1} (→ chosen)")
+    for column in ("", f"calibration {choice['attribute']}", "validation accuracy, %"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
+    for name in sorted(values, key=lambda name: abs(values[name] - choice["before"])):
+        mark = "→ " if name == choice["chosen"] else "  "
+        table.add_row(mark + name, f"{values[name]:.4g}", f"{accuracies[name]:.2f}" if accuracies else "-")
+    console.print(table)
+    if accuracies:
+        from mfp.train.evaluation import regret_of
+
+        regret, ahead = regret_of(accuracies, choice["chosen"])
+        console.print(f"the choice was {regret:.2f} points behind the best of them and {ahead:.2f} ahead of their mean "
+                      f"(before pruning: {choice['attribute']} {choice['before']:.4g})", soft_wrap=True)  # fmt: skip
 
 
 def _runs(names: list[str]) -> str:

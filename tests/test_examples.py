@@ -74,20 +74,21 @@ def test_eight_bits(example):
         (image, torch.tensor(target)) for image, target in (data.plain[0, index] for index in range(768))
     ), strict=True))  # fmt: skip
     dense = CifarResNet(8, width=8)
-    optimizer = torch.optim.SGD(dense.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(6):
+    optimizer = torch.optim.AdamW(dense.parameters(), lr=0.01)
+    for _ in range(4):
         for part in torch.randperm(len(images)).split(64):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(dense(images[part]), targets[part]).backward()
             optimizer.step()
     compact = copy.deepcopy(dense)
     mfp.prune_filters_(mfp.FilterPlan.from_model(compact, 0.2, residual="coupled"), "l2_norm")
-    mfp.recalibrate_batchnorm(compact, [(images, targets)])
+    for network in (dense, compact):
+        mfp.recalibrate_batchnorm(network, [(images, targets)])
     rows = example("eight_bits").compare({"dense": dense.eval(), "compact": compact.eval()}, data, 1, 0.05)
     assert len(rows) == 8 and all(row["ms_1"] > 0 and row["ms_64"] > 0 for row in rows)
     top1 = {(row["engine"], row["network"]): row["top1"] for row in rows}
     for engine in ("onnxruntime", "openvino"):
         for network in ("dense", "compact"):
-            assert top1[engine, network] > 25  # of ten classes, after a few seconds of training
+            assert top1[engine, network] > 40  # of ten classes, after a few seconds of training
             assert abs(top1[engine, f"{network}, 8 bits"] - top1[engine, network]) < 6
     assert top1["onnxruntime", "compact"] == pytest.approx(top1["openvino", "compact"], abs=0.3)

@@ -34,6 +34,7 @@ def openvino(file: str, threads: int, device: str) -> Runner:
 
     model = engine.Core().read_model(file)
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    settings["INFERENCE_PRECISION_HINT"] = "f32"  # else bfloat16 where the processor has it
     compiled: dict[tuple, Any] = {}
 
     def run(inputs: Inputs) -> list[np.ndarray]:

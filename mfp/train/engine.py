@@ -9,7 +9,6 @@ step ends with the same bits as one that was never stopped (on CPU).
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import random
 import time
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -29,12 +27,12 @@ from mfp.errors import MfpError
 from mfp.optim import MaskedSGD
 from mfp.train.checkpoints import digest_of, load_newest, save_checkpoint
 from mfp.train.config import RunConfig
-from mfp.train.data import EpochBatches, ImageData, derive_seed, make_loader
+from mfp.train.data import EpochBatches, ImageData, derive_seed, make_loader, spread_over
 from mfp.train.distributed import World
 from mfp.train.evaluation import evaluate
 from mfp.train.interrupts import Interrupted, noting_signals
 from mfp.train.progress import Bar, Reporter
-from mfp.train.records import Clock, decision_record, epoch_line, make_board, to_csv, write_board
+from mfp.train.records import Clock, decision_record, epoch_line, make_board, scores_file, to_csv, write_board
 
 NOTE_SECONDS = 0.5  # how often the loss is fetched from the device, shown, and checked to be a number
 
@@ -127,14 +125,9 @@ class Trainer:
 
     def _train_epoch(self, bar: Bar, clock: Clock) -> int:
         batches = EpochBatches(
-            len(self.data.train),
-            self.config.batch,
-            self.config.seed,
-            self.epoch,
-            self.batch,
-            self.world.rank,
+            len(self.data.train), self.config.batch, self.config.seed, self.epoch, self.batch, self.world.rank,
             self.world.size,
-        )
+        )  # fmt: skip
         loader = iter(make_loader(self.data.train, batches, self.config.workers, self.world.device.type == "cuda"))
         self.parallel.train()
         shown, steps = 0.0, len(batches)
@@ -222,11 +215,7 @@ class Trainer:
             metrics = evaluate(self.final_model, self.data.watched, 128, self.config.workers, self.world)
         record |= {key: metrics[key] for key in ("loss", "top1", "top5")}
         seconds = time.perf_counter() - clock.start
-        record |= {
-            "images_per_second": round(images / trained, 1),
-            "seconds": round(seconds, 3),
-            **clock.shares(),
-        }
+        record |= {"images_per_second": round(images / trained, 1), "seconds": round(seconds, 3), **clock.shares()}
         self.history.append(record)
         self.epoch, self.batch = self.epoch + 1, 0
         self.totals.zero_()
@@ -252,7 +241,8 @@ class Trainer:
         holds = self.pruner.mode == "hard" and self.pruner.mask is not None
         if not holds and (self.pruner.mask is None or self.epoch == self.config.choosing_epochs - 1):
             self._write_scores()
-        decision = self.pruner.step(self.epoch)
+        watched = self.config.hindsight and self.data.validation
+        decision = self.pruner.step(self.epoch, self._accuracy if watched else None)
         if decision is None:
             return {}
         self.world.require_equal(
@@ -263,6 +253,11 @@ class Trainer:
         if self.averaged:
             self._mask_average()
         return decision_record(decision)
+
+    def _accuracy(self, model: nn.Module) -> float:
+        """On some of the held-out images."""
+        few = spread_over(self.data.validation, self.config.hindsight)
+        return evaluate(model, few, 128, self.config.workers, self.world)["top1"]
 
     def _hold_mask(self, epoch: int) -> None:
         """In `hard` mode and in the last epochs, which `settle` counts, the mask holds from this epoch on."""
@@ -296,11 +291,8 @@ class Trainer:
     def _write_scores(self) -> None:
         """All scores as they are before the last pruning, for the report. All ranks score, the first one writes."""
         scores = self.pruner.score()
-        if not self.world.first:
-            return
-        names = {layer.name: [layer.offset, layer.num_filters] for layer in self.pruner.plan.layers}
-        tensors = {name: value.cpu() for name, value in scores.items()}
-        self._write("scores.safetensors", to_safetensors(tensors, {"layers": json.dumps(names)}))
+        if self.world.first:
+            self._write("scores.safetensors", scores_file(scores))
 
     def _mask_average(self) -> None:
         own = self.pruner.plan

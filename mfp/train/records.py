@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save as to_safetensors
+
 import mfp
 from mfp.errors import MfpError
+from mfp.train.evaluation import regret_of
 
 
 class Clock:
@@ -54,6 +58,12 @@ def to_csv(history: list[dict[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
+def scores_file(scores: mfp.FilterScores) -> bytes:
+    """Scores by criterion as safetensors, with the layers' places in them as metadata."""
+    names = {layer.name: [layer.offset, layer.num_filters] for layer in scores.plan.layers}
+    return to_safetensors({name: value.cpu() for name, value in scores.items()}, {"layers": json.dumps(names)})
+
+
 def make_board(directory: Path, epoch: int):
     """TensorBoard's writer, which forgets what it has from this epoch on."""
     try:
@@ -76,7 +86,7 @@ def write_board(board, record: dict[str, Any], mask: mfp.FilterMask | None) -> N
 
 def decision_record(decision: mfp.Decision) -> dict[str, Any]:
     """One pruning point as columns of the table of epochs."""
-    criterion = decision.criterion
+    criterion = decision.neighbour
     if isinstance(criterion, dict):  # chosen per layer: name them by how often they won
         counts = sorted(
             ((list(criterion.values()).count(name), name) for name in set(criterion.values())), reverse=True
@@ -85,4 +95,7 @@ def decision_record(decision: mfp.Decision) -> dict[str, Any]:
     record = {"rate_factor": decision.rate_factor, "criterion": criterion, "attribute": decision.attribute}
     record |= {"attribute_before": decision.attribute_before, "attribute_after": decision.attribute_after}
     record |= {"churn": decision.churn, "filters_pruned": decision.num_pruned}
-    return record | {f"neighbour_{name}": value for name, value in decision.neighbours.items()}
+    record |= {f"neighbour_{name}": value for name, value in decision.neighbours.items()}
+    if decision.hindsight:
+        record["regret"], record["ahead_of_mean"] = regret_of(decision.hindsight, decision.neighbour)
+    return record | {f"hindsight_{name}": value for name, value in decision.hindsight.items()}
