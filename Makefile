@@ -26,8 +26,8 @@ demo: $(VENV)/installed  ## train ResNet-20 on handwritten digits, prune, compac
 test: $(VENV)/installed browser  ## everything that can be proved on this machine; what is skipped, and why, is listed
 	$(PYTEST)
 
-# Not part of .ci/run: it downloads 3 GB and takes some twenty minutes on two cores. Before a release, and after a
-# change to a kernel or to what is captured.
+# Not part of .ci/run: 5 GB of packages, four minutes of one core to build, and the core tests once more. Before a
+# release, and after a change to a kernel or to what is captured.
 oldest: $(OLDEST)/installed  ## the core tests with Python 3.12, torch 2.11 and Triton 3.6, in an environment of their own
 	$(OLDEST)/bin/python -m pytest -rs $(WORKERS) $(CORE:%=tests/test_%.py)
 
