@@ -61,6 +61,7 @@ RESULTS := benchmarks/results
 results: $(VENV)/installed  ## measure all of benchmarks/results/ anew, and write the documents
 	$(BIN)/mfp bench --json $(RESULTS)/scoring.json
 	$(BIN)/mfp bench --overhead --json $(RESULTS)/overhead.json
+	$(BIN)/mfp bench --training --json $(RESULTS)/training.json
 	$(BIN)/mfp bench --compact --batch 1,8 --json $(RESULTS)/compact.json
 	$(BIN)/mfp bench --engines --arch resnet50,resnet18,mobilenet_v2 --batch 1,8 --json $(RESULTS)/engines.json
 	$(BIN)/python benchmarks/compare_torch_pruning.py resnet18 resnet50 mobilenet_v2 regnet_y_400mf \
