@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfp.errors import MfpError
+from mfp.errors import MfpError, did_you_mean
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 ONE_VALUE = (
@@ -98,7 +98,8 @@ def check(attribute: str | Callable[[nn.Module], float], calibration: Batches | 
     if attribute not in WITH_DATA:
         raise MfpError(
             f"unknown attribute {attribute!r}: known are {', '.join((*WITHOUT_DATA, *WITH_DATA))}, "
-            "or any callable that takes the model and returns a number"
+            f"or any callable that takes the model and returns a number"
+            f"{did_you_mean(attribute, (*WITHOUT_DATA, *WITH_DATA))}"
         )
     if not calibration:
         raise MfpError(f"attribute {attribute!r} is measured on data: give calibration=[(inputs, targets), ...]")

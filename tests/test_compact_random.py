@@ -300,7 +300,7 @@ def in_other_last_bits(model):
 def test_a_wrong_result_is_not_taken_for_rounding():
     """One filter a ten thousandth off in float64, in a well-conditioned network and behind one that cancels."""
     cancels = RandomNetwork(
-        [("layer", [0], "layer0", None), ("layer", [0], "layer1", None), ("sub", [1, 2], None, None)],
+        [("layer", [0], "layer0"), ("layer", [0], "layer1"), ("sub", [1, 2], None)],
         {"layer0": nn.Conv2d(3, 4, 1), "layer1": nn.Conv2d(3, 4, 1)}, 1,
     ).double()  # fmt: skip
     for scale in (1.0, 1e7):

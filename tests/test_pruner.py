@@ -55,7 +55,7 @@ def equal(a, b):
 
 @pytest.mark.parametrize("recalibrate", [None, False])
 @pytest.mark.parametrize("attribute", ["loss", "top1_error", "top5_error"])
-def test_the_chosen_neighbour_is_theclosest(attribute, recalibrate):
+def test_the_chosen_neighbour_is_the_closest(attribute, recalibrate):
     """Checked by pruning copies with each criterion alone and measuring them."""
     model, batches = network(), data()
     train(model)

@@ -2,14 +2,16 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 TESTS = Path(__file__).parent
+DOCUMENT = (TESTS.parent / "docs" / "kernels.md").read_text()
 ARCHITECTURES = ("80", "90", "100")
 KERNELS = (
     "_direct_kernel", "_power_kernel", "_taylor_kernel", "_select_kernel", "_mask_kernel", "_sgd_kernel",
@@ -30,6 +32,10 @@ def test_every_kernel_compiles_without_spilling():
     lines = [line.split() for line in run("resources", *ARCHITECTURES).splitlines()]
     assert {(line[0].split("[")[0], line[1]) for line in lines} == set(itertools.product(KERNELS, ARCHITECTURES))
     assert [line for line in lines if line[3] != "0"] == []
+    if f"Triton {triton.__version__}," in DOCUMENT:
+        rows = re.findall(r"^\| `(_\w+\[\d*\])` \| (\d+) \| (\d+) \| (\d+) \|$", DOCUMENT, re.MULTILINE)
+        table = {(row[0], architecture): row[i + 1] for row in rows for i, architecture in enumerate(ARCHITECTURES)}
+        assert table == {(line[0], line[1]): line[2] for line in lines}
 
 
 def test_another_network_compiles_nothing_new():

@@ -69,9 +69,9 @@ def measure(arch: str, rate: float, batch: int, console: Console) -> dict[str, A
     for name in RESIDUAL:
         faster = rows["masked"]["seconds"] / rows[name]["seconds"]
         flops_saved = 1 - rows[name]["flops"] / rows["masked"]["flops"]
-        rows[name] |= {"faster": faster, "realised": (1 - 1 / faster) / flops_saved}
+        rows[name] |= {"faster": faster, "flops_saved": flops_saved, "realised": (1 - 1 / faster) / flops_saved}
     report = {"machine": machine(), "arch": arch, "rate": rate, "batch": batch, "image_size": size}
-    return report | {"networks": rows}
+    return report | {"rows": [{"network": name, **row} for name, row in rows.items()]}
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images, targets) -> Callable[[], tuple[float, ...]]:
@@ -108,14 +108,13 @@ def print_table(report: dict[str, Any], console: Console) -> None:
     table = Table(title=title)
     for column in ("network", *PARTS, "together", "images/s", "x masked", "FLOPs saved", "time / FLOPs saved"):
         table.add_column(column, justify="left" if column == "network" else "right")
-    whole = report["networks"]["masked"]["flops"]
-    for name, row in report["networks"].items():
+    for row in report["rows"]:
         cells = [f"{1000 * row[part]:.0f}" for part in (*PARTS, "seconds")] + [f"{batch / row['seconds']:.1f}"]
         if "faster" in row:
-            cells += [f"{row['faster']:.2f}", f"{1 - row['flops'] / whole:.1%}", f"{row['realised']:.2f}"]
-        table.add_row(name if name in ("dense", "masked") else f"smaller, {name}", *cells)
+            cells += [f"{row['faster']:.2f}", f"{row['flops_saved']:.1%}", f"{row['realised']:.2f}"]
+        table.add_row(row["network"] if row["network"] in ("dense", "masked") else f"smaller, {row['network']}", *cells)
     console.print(table)
-    switch = max(row.get("switch_seconds", 0.0) for row in report["networks"].values())
+    switch = max(row.get("switch_seconds", 0.0) for row in report["rows"])
     console.print(
         f"{about['processor']}, {about['threads']} threads, torch {about['torch']}, {about['date']}; float32, "
         f"channels_last, medians, in turns; the switch took {switch:.1f} s.",

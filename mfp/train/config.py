@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mfp.criteria import PAPER_CRITERIA
-from mfp.errors import MfpError
+from mfp.errors import MfpError, did_you_mean
 from mfp.plan import RESIDUAL
 from mfp.train.datasets import KNOWN
 
@@ -23,6 +23,7 @@ FREE = (
     "download", "workers", "device", "timeout", "checkpoint_every", "tensorboard", "compile", "dense",
     # the rates that these led to are part of the run
     "target_flops", "target_parameters", "target_milliseconds", "engine",
+    "allocate",
 )  # fmt: skip
 
 
@@ -121,7 +122,8 @@ class RunConfig:
             ("mode", MODES), ("schedule", SCHEDULES), ("precision", PRECISIONS), ("residual", RESIDUAL),
             ("allocate", ALLOCATIONS),
         ):  # fmt: skip
-            self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+            value = getattr(self, name)
+            self._check(name, value in choices, f"one of {', '.join(choices)}", did_you_mean(value, choices))
         self._check("validation", 0 <= self.validation < 1, "at least 0 and below 1")
         for name in ("epochs", "batch", "accumulate", "interval", "calibration_batches", "channel_multiple"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
@@ -141,9 +143,9 @@ class RunConfig:
         if self.batch % self.accumulate:
             raise MfpError(f"--batch {self.batch} cannot be cut into --accumulate {self.accumulate} equal parts")
 
-    def _check(self, name: str, good: bool, wanted: str) -> None:
+    def _check(self, name: str, good: bool, wanted: str, hint: str = "") -> None:
         if not good:
-            raise MfpError(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(self, name)}")
+            raise MfpError(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(self, name)}{hint}")
 
     @property
     def targets(self) -> dict[str, str]:

@@ -219,7 +219,8 @@ class Trainer:
         self.epoch, self.batch = self.epoch + 1, 0
         self.totals.zero_()
         watched = "test" if self.data.validation is None else "validation"
-        self.reporter.say(epoch_line(record, self.config.epochs, watched))
+        short = not self.reporter.console.is_terminal
+        self.reporter.say(epoch_line(record, self.config.epochs, watched, short))
         if self.world.first:
             self._write("epochs.csv", to_csv(self.history))
             if self.board is not None:

@@ -69,7 +69,8 @@ def milliseconds_per_image(networks: dict[str, nn.Module], images: Tensor, secon
             runs[name, layout] = (laid_out, images.contiguous(memory_format=layout))
             laid_out(runs[name, layout][1])  # the first call chooses and prepares kernels
     best = dict.fromkeys(runs, float("inf"))
-    end, fastest = time.perf_counter() + seconds * len(networks), {}
+    end = time.perf_counter() + seconds * len(networks)
+    fastest: dict[str, float] = {}
     while time.perf_counter() < end or not fastest:
         for run in runs:
             best[run] = min(best[run], _seconds(*runs[run]), _seconds(*runs[run]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mfp.errors import MfpError
+from mfp.errors import MfpError, did_you_mean
 
 CIFAR10 = {
     "epochs": 200, "batch": 128, "momentum": 0.9, "weight_decay": 5e-4,
@@ -35,8 +35,7 @@ class Recipe:
 def _recipes() -> dict[str, Recipe]:
     # option A's shortcuts have no weights, so that coupling loses nothing there: the residual stream gets narrower
     recipes = {
-        # two epochs between pruning points: after one, pruned filters are still the smallest and all criteria agree
-        "demo": Recipe({"residual": "coupled", "epochs": 13, "settle": 0.25, "interval": 2}, "digits", {}),
+        "demo": Recipe({"residual": "coupled"}, "digits", {}),
         "resnet20-fashion-mnist": Recipe({"residual": "coupled", "epochs": 4}, "fashion-mnist:PATH", {}),
     }
     flops_saved = {"resnet20": 54.0, "resnet32": 53.2, "resnet56": 52.6, "resnet110": 52.3}
@@ -77,5 +76,5 @@ def recipe(name: str) -> Recipe:
         MfpError: unknown; the known ones are listed.
     """
     if name not in RECIPES:
-        raise MfpError(f"unknown recipe {name!r}; known are {', '.join(RECIPES)}")
+        raise MfpError(f"unknown recipe {name!r}; known are {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
     return RECIPES[name]

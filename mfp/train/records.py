@@ -36,16 +36,25 @@ class Clock:
         return {f"share_{part}": round(seconds / total, 4) for part, seconds in self.parts.items()}
 
 
-def epoch_line(record: dict[str, Any], epochs: int, watched: str) -> str:
-    """The line that is said after an epoch; `watched` names the images that it was evaluated on."""
+def epoch_line(record: dict[str, Any], epochs: int, watched: str, short: bool) -> str:
+    """The line that is said after an epoch; `watched` names the images that it was evaluated on.
+
+    Args:
+        short: for a log; the rest is in epochs.csv.
+    """
     line = f"epoch {record['epoch'] + 1}/{epochs}  train loss {record['train_loss']:.4f}"
     line += f"  {watched} loss {record['loss']:.4f}  accuracy {record['top1']:.2f} %"
     if "criterion" in record:
-        line += f"  pruned by {record['criterion']}  churn {record['churn']:.2f}"
+        line += f"  pruned by {record['criterion']}"
+    line += f"  {record['images_per_second']:.0f} images/s"
+    if short:
+        return line
+    if "criterion" in record:
+        line += f"  churn {record['churn']:.2f}"
     shares = [
         f"{key[6:].replace('_', '/')} {100 * value:.0f} %" for key, value in record.items() if key.startswith("share_")
     ]
-    return f"{line}  {record['images_per_second']:.0f} images/s ({', '.join(shares)})"
+    return f"{line}  ({', '.join(shares)})"
 
 
 def to_csv(history: list[dict[str, Any]]) -> bytes:
