@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from rich.console import Console
 
 import mfp
 from mfp import bench
@@ -149,3 +150,17 @@ def test_engines_side_by_side(bench_rows, monkeypatch):
     assert "fastest" in printed
     with pytest.raises(MfpError, match="engine must be one of"):
         bench.main(["--engines", "tvm", "--arch", "resnet20"])
+
+
+def test_training_steps_of_the_networks(monkeypatch, capsys):
+    from mfp.bench import training
+
+    monkeypatch.setattr(training, "SECONDS", 0.0)
+    monkeypatch.setattr(training, "RESIDUAL", ("index", "coupled"))
+    report = training.measure("resnet20", 0.4, 4, Console(quiet=True))
+    rows = {row["network"]: row for row in report["rows"]}
+    assert list(rows) == ["dense", "masked", "index", "coupled"]
+    assert rows["dense"]["flops"] == rows["masked"]["flops"] > rows["coupled"]["flops"] > rows["index"]["flops"]
+    assert all(row["seconds"] == row["forward"] + row["backward"] + row["step"] > 0 for row in rows.values())
+    training.print_table(report, Console(width=120))
+    assert "smaller, coupled" in capsys.readouterr().out
