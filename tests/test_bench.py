@@ -8,7 +8,7 @@ import torch
 
 import mfp
 from mfp import bench
-from mfp.bench import engines, jobs, measure, overhead, table
+from mfp.bench import engines, jobs, layers, measure, overhead, table
 from mfp.bench.oracle import Sample
 from mfp.criteria import criterion
 from mfp.errors import MfpError
@@ -142,3 +142,21 @@ def test_engines_side_by_side(capsys, monkeypatch):
     assert "fastest" in capsys.readouterr().out
     with pytest.raises(MfpError, match="engine must be one of"):
         bench.main(["--engines", "tvm", "--arch", "resnet20"])
+
+
+def test_layer_by_layer(capsys, monkeypatch):
+    monkeypatch.setattr(layers, "build_model", lambda name, classes: CifarResNet(8, classes))
+    monkeypatch.setattr(layers, "SIZE", 32)
+    monkeypatch.setattr(layers, "CALLS", 2)
+    bench.main(["--layers", "--arch", "resnet20", "--batch", "1,2", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    for batch in (1, 2):
+        rows = [row for row in report["rows"] if row["batch"] == batch]
+        convs = [row for row in rows if row["convolution"]]
+        assert len(convs) == 7
+        assert all(row["ms"] > 0 for row in rows)
+        assert all(row["gmacs"] > 0 for row in convs)
+        assert all(row["openvino_ms"] > 0 for row in convs)
+    assert report["gmacs_at_most"] > max(row["gmacs"] for row in report["rows"]) / 4  # Winograd's may exceed it
+    layers.print_table(report, bench.Console(width=120))
+    assert "of the peak" in capsys.readouterr().out

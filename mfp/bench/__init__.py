@@ -22,12 +22,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the numbers for machines")
     parser.add_argument("--overhead", action="store_true", help="what pruning adds to an ImageNet epoch, instead")
     parser.add_argument("--compact", action="store_true", help="dense against compact networks, instead")
+    parser.add_argument("--layers", action="store_true", help="the serving form layer by layer, instead")
     parser.add_argument("--engines", nargs="?", const="", metavar="NAMES", help=ENGINES_HELP)
-    parser.add_argument("--batch", help="images in a batch of --overhead or --compact (default: 8), of --engines (1,8)")
+    parser.add_argument("--batch", help="images in a batch of --overhead, --compact (default: 8), of the others (1,8)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for --engines (default: cpu)")
     options = parser.parse_args(arguments)
+    usual = "1,8" if options.layers or options.engines is not None else "8"
     try:
-        batches = [int(part) for part in (options.batch or ("1,8" if options.engines is not None else "8")).split(",")]
+        batches = [int(part) for part in (options.batch or usual).split(",")]
     except ValueError:
         parser.error(f"--batch {options.batch}: write a number, or several with commas")
     console = Console(stderr=options.json, highlight=False)
@@ -40,6 +42,11 @@ def main(arguments: Sequence[str]) -> None:
         chosen = options.engines.split(",") if options.engines else engines.usual_engines()
         report = engines.measure_networks(archs, chosen, options.rate, batches, console, options.device)
         printer = engines.print_table
+    elif options.layers:
+        from mfp.bench import layers
+
+        report = layers.measure(options.arch or "resnet50", options.rate, batches, console)
+        printer = layers.print_table
     elif options.compact:
         from mfp.bench import compaction
 
