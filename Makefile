@@ -5,17 +5,31 @@ BIN := $(VENV)/bin
 TORCH := torch==2.14.1 torchvision==0.29.1
 BUILD_TOOLS := numpy ninja pybind11 wheel "setuptools>=77,<82"
 
+# The oldest that is supported, as on the machine whose GPU is used; Triton 3.6's interpreter needs the older numpy.
+OLDEST := .venv-oldest
+OLDEST_PYTHON ?= python3.12
+OLDEST_TORCH := torch==2.11.0 torchvision==0.26.0 "numpy<2.4"
+OLDEST_TESTS := pytest pytest-benchmark pytest-xdist hypothesis scipy timm transformers
+CORE := ops versions scores mask optim scatter serving conv plan pruner files export compact compact_* cuda_logic \
+	compile_cuda triton_logic triton_compile
+
 # One worker a core; whoever has nothing left to do takes over tests from another.
-PYTEST := $(BIN)/python -m pytest -rs --numprocesses logical --maxprocesses 16 --dist worksteal
+WORKERS := --numprocesses logical --maxprocesses 16 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -rs $(WORKERS)
 SECONDS := 120
 
-.PHONY: demo test fuzz zoo browser gpu lint wheel-test sanitize clean
+.PHONY: demo test oldest fuzz zoo browser gpu figures docs types results lint wheel-test sdist-test sanitize clean
 
 demo: $(VENV)/installed  ## train ResNet-20 on handwritten digits, prune, compact, prove and show what was gained
 	$(BIN)/mfp prune
 
 test: $(VENV)/installed browser  ## everything that can be proved on this machine; what is skipped, and why, is listed
 	$(PYTEST)
+
+# Not part of .ci/run: 5 GB of packages, four minutes of one core to build, and the core tests once more. Before a
+# release, and after a change to a kernel or to what is captured.
+oldest: $(OLDEST)/installed  ## the core tests with Python 3.12, torch 2.11 and Triton 3.6, in an environment of their own
+	$(OLDEST)/bin/python -m pytest -rs $(WORKERS) $(CORE:%=tests/test_%.py)
 
 fuzz: $(VENV)/installed  ## the property tests with new random cases, for 120 seconds or SECONDS=...
 	timeout $$(($(SECONDS) + 900)) $(PYTEST) --fuzz $(SECONDS)
@@ -30,8 +44,29 @@ browser:
 	apt-get -qq -y install --no-install-recommends chromium >/dev/null || \
 	echo "no browser here, and none could be installed: tests/test_report.py will skip the test that needs one"
 
-gpu:  ## on a machine with a GPU: build, test and measure with the python and torch that are there (benchmarks/gpu.py)
-	$(PYTHON) benchmarks/gpu.py
+gpu:  ## on a machine with a GPU: build, test and measure with the python and torch that are there; else ARGS=--dry-run
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+figures: $(VENV)/installed  ## the tables and charts of README and docs, from benchmarks/results/
+	$(BIN)/python benchmarks/figures.py
+
+docs: $(VENV)/installed  ## the site, in build/site; a broken link or a missing docstring is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+types: $(VENV)/installed
+	$(BIN)/python -m mypy
+
+# On an idle machine; a file may also be measured by itself (docs/benchmarks.md), then `make figures`.
+RESULTS := benchmarks/results
+results: $(VENV)/installed  ## measure all of benchmarks/results/ anew, and write the documents
+	$(BIN)/mfp bench --json $(RESULTS)/scoring.json
+	$(BIN)/mfp bench --overhead --json $(RESULTS)/overhead.json
+	$(BIN)/mfp bench --compact --batch 1,8 --json $(RESULTS)/compact.json
+	$(BIN)/mfp bench --engines --arch resnet50,resnet18,mobilenet_v2 --batch 1,8 --json $(RESULTS)/engines.json
+	$(BIN)/python benchmarks/compare_torch_pruning.py resnet18 resnet50 mobilenet_v2 regnet_y_400mf \
+		--json $(RESULTS)/torch_pruning.json
+	rm -rf runs/demo && $(BIN)/mfp prune --output runs/demo
+	$(BIN)/python benchmarks/figures.py --demo runs/demo
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -46,6 +81,17 @@ wheel-test: $(VENV)/installed  ## build a wheel, install it beside a torch that 
 	$(BIN)/python .ci/link.py .venv-wheel torch numpy pytest
 	.venv-wheel/bin/python -m pip install --quiet dist/mfp-*.whl
 	cd tests && ../.venv-wheel/bin/python -m pytest -c /dev/null -q -p no:cacheprovider test_packaging.py
+
+# A source distribution has all that is compiled, and installs where nothing can be compiled.
+sdist-test: $(VENV)/installed
+	rm -rf build/sdist .venv-sdist
+	$(BIN)/python -m build --sdist --no-isolation --outdir build/sdist . >/dev/null
+	$(BIN)/python -m venv .venv-sdist
+	$(BIN)/python .ci/link.py .venv-sdist torch numpy
+	MFP_EXTENSION=0 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/sdist \
+		build/sdist/mfp-*.tar.gz
+	.venv-sdist/bin/python -m pip install --quiet build/sdist/mfp-*.whl
+	.venv-sdist/bin/python .ci/check_sdist.py build/sdist/mfp-*.tar.gz
 
 # The CPU kernels without torch, at every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := $(filter-out %_ops.cpp,$(shell find csrc/cpu -name '*.cpp'))
@@ -71,5 +117,12 @@ $(VENV)/installed: pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -n
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
+$(OLDEST)/installed: pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	test -x $(OLDEST)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet $(OLDEST_TORCH) $(BUILD_TOOLS)
+	$(OLDEST)/bin/python -m pip install --quiet --no-build-isolation --editable ".[train,onnx,openvino]" $(OLDEST_TORCH) \
+		$(OLDEST_TESTS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-wheel build dist mfp/*.so
+	rm -rf $(VENV) .venv-wheel .venv-sdist $(OLDEST) build dist mfp/*.so

@@ -1,6 +1,7 @@
 """Builds the compiled part of mfp, `mfp._C`: C++ for the CPU always, CUDA where nvcc and a CUDA torch are there.
 
 Switches, all of them:
+  MFP_EXTENSION=0        build: no compiled part at all (no compiler needed); plain torch computes
   MFP_CUDA=auto|0|1      build: CUDA kernels if possible (default), never, or fail when impossible
   MFP_BACKEND=NAME       run time: force reference, cpu, cuda or triton; nothing falls back silently
   MFP_CPU_ISA=NAME       run time: cap the CPU kernels at portable, avx2 or avx512
@@ -22,13 +23,17 @@ from pathlib import Path
 
 from setuptools import setup
 
+WITHOUT = "MFP_EXTENSION=0 installs mfp without its compiled part: plain torch computes then, slower"
+# a source distribution needs neither torch nor a compiler
+BUILDS = os.environ.get("MFP_EXTENSION") != "0" and not {"sdist", "egg_info"} & set(sys.argv[1:2])
 try:
     import torch
 except ImportError:
-    sys.exit(
-        "mfp is compiled against your torch, and none is installed here: install torch first, then run "
-        "`python -m pip install --no-build-isolation .`"
-    )
+    if BUILDS:
+        sys.exit(
+            "mfp is compiled against your torch, and none is installed here: install torch first, then run "
+            f"`python -m pip install --no-build-isolation .`; or: {WITHOUT}"
+        )
 
 ROOT = Path(__file__).parent
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
@@ -69,7 +74,18 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def require_compiler():
+    """Stops with what is missing: the build's own message comes after a page of others."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        sys.exit(
+            f"mfp has C++ parts, and the compiler {compiler!r} was not found: install g++ or clang "
+            f"(Debian: apt install g++), or name one in CXX; or: {WITHOUT}"
+        )
+
+
 def extension():
+    require_compiler()
     reason = why_no_cuda()
     if reason and os.environ.get("MFP_CUDA") == "1":
         sys.exit(f"MFP_CUDA=1, but CUDA kernels cannot be built: {reason}")
@@ -108,7 +124,9 @@ def build_command():
 
     class Build(BuildExtension):
         def finalize_options(self):
-            self.build_temp = self.build_temp or "build/objects"  # kept: only what has changed is compiled again
+            # Kept: only what has changed is compiled again. Each python and torch has its own.
+            objects = f"build/objects/{sys.implementation.cache_tag}-torch-{torch.__version__}"
+            self.build_temp = self.build_temp or objects
             super().finalize_options()
 
     return Build.with_options(use_ninja=True)
@@ -126,6 +144,7 @@ setup(
         "mfp.kernels",
     ],
     package_dir={"mfp": "mfp", "mfp.kernels": "kernels"},
-    ext_modules=[extension()],
-    cmdclass={"build_ext": build_command()},
+    package_data={"mfp": ["py.typed"]},
+    ext_modules=[extension()] if BUILDS else [],
+    cmdclass={"build_ext": build_command()} if BUILDS else {},
 )

@@ -1,12 +1,12 @@
-"""mfp's compact networks against Torch-Pruning's: `python benchmarks/compare_torch_pruning.py [NAME ...]`.
+"""mfp's compact networks, and Torch-Pruning's: `compare_torch_pruning.py [NAME ...] [--json FILE]`.
 
 Both prune by FPGM importance, ours layer by layer and with coupled layers. Torch-Pruning is given the rate at which its
 network has the FLOPs of our coupled one; both leave filter counts in multiples of 8. All networks are then timed in the
 same serving form, mfp's (BatchNorm folded).
 """
 
+import argparse
 import copy
-import sys
 from importlib.metadata import version
 
 import torch
@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 import mfp
-from mfp.bench.measure import machine
+from mfp.bench import results
 from mfp.train.evaluation import milliseconds_per_image
 
 NETWORKS = ("resnet18", "resnet50", "vgg16_bn", "mobilenet_v2", "densenet121", "regnet_y_400mf")
@@ -47,7 +47,8 @@ def theirs(model: nn.Module, example: torch.Tensor, flops: int) -> nn.Module:
     return best
 
 
-def compare(name: str) -> list[tuple]:
+def compare(name: str) -> list[dict]:
+    """A row for each network: its share of the FLOPs and its time, or what its making raised."""
     torch.manual_seed(0)
     example = torch.randn(1, 3, 224, 224)
     model = torchvision.models.get_model(name).eval()
@@ -56,38 +57,53 @@ def compare(name: str) -> list[tuple]:
         "mfp": ours(model, example),
         "mfp, coupled": ours(model, example, residual="coupled"),
     }
+    failed = None
     try:
         networks["Torch-Pruning"] = theirs(model, example, mfp.flops(networks["mfp, coupled"], example))
     except Exception as error:  # whatever it raises is the result
-        networks["Torch-Pruning"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    built = {who: network for who, network in networks.items() if isinstance(network, nn.Module)}
-    serving = {who: mfp.compact(network.eval(), example, fold_bn=True) for who, network in built.items()}
+        failed = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    serving = {who: mfp.compact(network.eval(), example, fold_bn=True) for who, network in networks.items()}
     with torch.inference_mode():
         times = milliseconds_per_image(serving, torch.randn(BATCH, 3, 224, 224), seconds=2.0)
-    rows = []
-    for who, network in networks.items():
-        if who not in built:
-            rows.append((name, who, "", "", "", network))
-            continue
-        share, time = mfp.flops(network, example) / mfp.flops(model, example), times[who] / times["dense"]
-        ratio = f"{(1 - time) / (1 - share):.2f}" if share < 1 else ""
-        rows.append((name, who, f"{share:.1%}", f"{BATCH * times[who]:.1f}", f"{time:.1%}", ratio))
+    whole = mfp.flops(model, example)
+    rows = [
+        {"arch": name, "batch": BATCH, "by": who, "flops_kept": mfp.flops(network, example) / whole,
+         "ms": BATCH * times[who], "failed": None}
+        for who, network in networks.items()
+    ]  # fmt: skip
+    if failed:
+        rows.append({"arch": name, "batch": BATCH, "by": "Torch-Pruning", "flops_kept": None, "ms": None,
+                     "failed": failed})  # fmt: skip
     return rows
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="*", metavar="NAME", default=NETWORKS, help="of torchvision")
+    parser.add_argument("--json", metavar="FILE", help="also write a result file")
+    options = parser.parse_args()
     table = Table(title=f"rate {RATE}, batch {BATCH}, 224 x 224, filters in multiples of {MULTIPLE}")
     for column in ("network", "by", "FLOPs", "ms", "time", "time saved / FLOPs saved"):
         table.add_column(column)
-    for name in sys.argv[1:] or NETWORKS:
-        for row in compare(name):
-            table.add_row(*row)
+    rows = []
+    for name in options.networks:
+        rows += (found := compare(name))
+        for row in found:
+            table.add_row(name, row["by"], *([row["failed"]] if row["failed"] else _numbers(row, found[0])))
         table.add_section()
     console = Console()
     console.print(table)
-    console.print(
-        ", ".join(f"{key} {value}" for key, value in machine().items()), f"Torch-Pruning {version('torch-pruning')}"
-    )
+    note = f"Torch-Pruning {version('torch-pruning')}"
+    console.print(f"{results.machine()}, torch {torch.__version__}, {note}")
+    if options.json:
+        command = " ".join(["python benchmarks/compare_torch_pruning.py", *options.networks])
+        results.write(options.json, command, rows, note=note)
+
+
+def _numbers(row: dict, dense: dict) -> list[str]:
+    share, time = row["flops_kept"], row["ms"] / dense["ms"]
+    ratio = f"{(1 - time) / (1 - share):.2f}" if share < 1 else ""
+    return [f"{share:.1%}", f"{row['ms']:.1f}", f"{time:.1%}", ratio]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfp.kernels.table import items_of, upload
+from mfp.kernels.table import items_of, launcher, upload
 
 _ROWS = 16  # that a program takes
 _COLUMNS = 128
@@ -34,6 +34,7 @@ def _mask_kernel(tensors, items, keep, ROWS: tl.constexpr, COLUMNS: tl.constexpr
                 tl.store(address.to(tl.pointer_type(tl.int16)) + where, 0, mask=mask)
 
 
+@launcher
 def mask_filters_(tensors: Sequence[Tensor], keep: Tensor, offsets: Sequence[int], rows: Sequence[int]) -> None:
     """Zero row r of tensor i, seen as ``[rows[i], -1]``, where ``keep[offsets[i] + r]`` is False."""
     table = [
@@ -45,3 +46,4 @@ def mask_filters_(tensors: Sequence[Tensor], keep: Tensor, offsets: Sequence[int
         return
     items = items_of([triton.cdiv(count, _ROWS) for _, count, *_ in table], keep.device)
     _mask_kernel[(len(items),)](upload(table, keep.device), items, keep.view(torch.uint8), ROWS=_ROWS, COLUMNS=_COLUMNS)
+    torch.autograd.graph.increment_version(tensors)  # autograd notices that they were changed

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfp.kernels.table import DTYPES, items_of, load_as_float, store_from_float, upload
+from mfp.kernels.table import DTYPES, items_of, launcher, load_as_float, store_from_float, upload
 
 _BLOCK = 1024  # elements that a program takes
 _FIELDS = 8
@@ -119,7 +119,7 @@ class _Parameters:
         torch.autograd.graph.increment_version(self._written)  # autograd notices that they were changed
 
 
-@torch.no_grad()
+@launcher
 def masked_sgd_(
     params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor], keep: Tensor | None,
     offsets: Sequence[int], rows: Sequence[int], lr: float, momentum: float, dampening: float, weight_decay: float,
@@ -138,7 +138,7 @@ def masked_sgd_(
         parameters.finish()
 
 
-@torch.no_grad()
+@launcher
 def masked_adamw_(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     keep: Tensor | None, offsets: Sequence[int], rows: Sequence[int], lr: float, beta1: float, beta2: float,

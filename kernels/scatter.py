@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mfp.kernels.table import launcher
+
 _BLOCK = 1024
 
 
@@ -44,7 +46,7 @@ def _scatter_kernel(
         tl.store(residual + target, value.to(residual.dtype.element_ty), mask=inside)
 
 
-@torch.no_grad()
+@launcher
 def scatter_add_(residual: Tensor, branch: Tensor, index: Tensor, relu: bool) -> None:
     """``residual[:, index] += branch``, then ReLU if ``relu``; ``index`` is strictly increasing."""
     last = not residual.is_contiguous()
@@ -63,3 +65,4 @@ def scatter_add_(residual: Tensor, branch: Tensor, index: Tensor, relu: bool) ->
         residual, source, index, numel, channels, branch_channels, inner, branch_channels.bit_length(), RELU=relu,
         BLOCK=_BLOCK,
     )  # fmt: skip
+    torch.autograd.graph.increment_version(residual)  # autograd notices that it was changed

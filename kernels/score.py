@@ -26,7 +26,7 @@ from mfp.kernels.pairs import (
     sum_norms,
     wide_distances,
 )
-from mfp.kernels.table import DTYPES, upload
+from mfp.kernels.table import DTYPES, launcher, upload
 
 _NORM, _DISTANCE, _COSINE, _HYBRID, _TAYLOR = range(5)
 _L1_NORM, _L2_NORM, _L1, _L2, _COS, _HYB = range(6)  # rows of the direct kernel's result
@@ -36,6 +36,7 @@ _SPAN = 64
 _WARPS = 8
 _FIELDS = 10
 _ROWS = 64  # filters that are ranked at a time
+_SMALLEST = tl.constexpr(1e-37)  # scale: its inverse is finite
 
 
 @triton.jit
@@ -156,26 +157,29 @@ def _power_kernel(
         for first in range(0, size, DEPTH):
             a = load_rows(address, rows, filters, first + tl.arange(0, DEPTH), size, dtype)
             largest = tl.maximum(largest, tl.max(tl.abs(a), 1))
-        largest = tl.where(largest > 0.0, largest, 1.0)
+        largest = tl.maximum(largest, _SMALLEST)
+        inverse = 1.0 / largest
         total = tl.zeros([BLOCK], tl.float64)
         for first in range(0, size, DEPTH):
             a = load_rows(address, rows, filters, first + tl.arange(0, DEPTH), size, dtype)
-            total += tl.sum(power(tl.abs(a) / largest[:, None], p), 1).to(tl.float64)
+            total += tl.sum(power(tl.abs(a) * inverse[:, None], p), 1).to(tl.float64)
         tl.store(scores + offset + rows, largest * root(total.to(tl.float32), p), mask=rows < filters)
 
+    HALF: tl.constexpr = DEPTH // 2  # powers take registers
     largest = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for first in range(0, size, DEPTH):
-        k = first + tl.arange(0, DEPTH)
+    for first in range(0, size, HALF):
+        k = first + tl.arange(0, HALF)
         a = load_rows(address, rows, filters, k, size, dtype)
         b = load_rows(address, columns, filters, k, size, dtype)
         largest = tl.maximum(largest, tl.max(tl.abs(a[:, None, :] - b[None, :, :]), 2))
-    largest = tl.where(largest > 0.0, largest, 1.0)
+    largest = tl.maximum(largest, _SMALLEST)
+    inverse = 1.0 / largest
     sums = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for first in range(0, size, DEPTH):
-        k = first + tl.arange(0, DEPTH)
+    for first in range(0, size, HALF):
+        k = first + tl.arange(0, HALF)
         a = load_rows(address, rows, filters, k, size, dtype)
         b = load_rows(address, columns, filters, k, size, dtype)
-        sums += tl.sum(power(tl.abs(a[:, None, :] - b[None, :, :]) / largest[:, :, None], p), 2)
+        sums += tl.sum(power(tl.abs(a[:, None, :] - b[None, :, :]) * inverse[:, :, None], p), 2)
     given = tl.where(valid, largest * root(sums, p), 0.0)
     store_sums(partial + slot, width, row_block, column_block, rows, columns, given, given)
 
@@ -266,6 +270,7 @@ class _Layers:
         return scores
 
 
+@launcher
 def score_filters(
     weights: Sequence[Tensor], kinds: Sequence[int], exponents: Sequence[float], gradients: Sequence[Tensor] = ()
 ) -> Tensor:
@@ -295,6 +300,7 @@ def score_filters(
     return torch.stack(rows)
 
 
+@launcher
 def prune_filters_(
     weights: Sequence[Tensor], followers: Sequence[Tensor], follower_layers: Sequence[int], num_pruned: Sequence[int],
     kinds: Sequence[int], exponents: Sequence[float], chosen: int, gradients: Sequence[Tensor] = (),

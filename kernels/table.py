@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 import triton
@@ -15,6 +16,20 @@ DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT
 
 _CACHED = 256
 _cache: OrderedDict[tuple, Tensor] = OrderedDict()
+_captured: dict[int, Tensor] = {}  # by address: what CUDA graphs read at each replay, kept for the life of the process
+
+
+def launcher(function: Callable) -> Callable:
+    """For the functions that launch: on the device of the first tensor, as Triton launches on the current one."""
+
+    @wraps(function)
+    def launch(tensors: Tensor | Sequence[Tensor], *args, **kwargs):
+        if len(tensors) == 0:
+            return function(tensors, *args, **kwargs)
+        with torch.no_grad(), torch.cuda.device_of(tensors if isinstance(tensors, Tensor) else tensors[0]):
+            return function(tensors, *args, **kwargs)
+
+    return launch
 
 
 def upload(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -39,8 +54,11 @@ def upload(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
         if len(_cache) > _CACHED:
             _cache.popitem(last=False)
     _cache.move_to_end(key)
-    if not torch.cuda.is_current_stream_capturing():
-        table.record_stream(torch.cuda.current_stream(device))  # it may leave the cache while a kernel reads it
+    # It may leave the cache while a kernel, or a graph, still reads it.
+    if torch.cuda.is_current_stream_capturing():
+        _captured[table.data_ptr()] = table
+    else:
+        table.record_stream(torch.cuda.current_stream(device))
     return table
 
 

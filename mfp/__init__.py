@@ -20,7 +20,7 @@ from mfp.scores import FilterScores, score_filters
 from mfp.selection import prune_filters_, select_filters, select_mix
 from mfp.targets import RateForTarget, find_rate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "PAPER_CRITERIA",

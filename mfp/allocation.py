@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mfp.attributes import Batches
+from mfp.attributes import Batches, mean_over_processes
 from mfp.errors import MfpError
+from mfp.neighbours import Comparison
 from mfp.plan import FilterPlan, unwrap
 from mfp.scores import FilterScores, score_filters
 from mfp.selection import select_filters
@@ -134,7 +135,8 @@ def find_rates(
         sensitivities = measure_sensitivities(
             model, example_input, calibration, criterion=criterion, advance=advance, **plan_arguments
         )
-    path = _path(sensitivities, units, *_shares(model, plan, units, calibration, costs.what))
+    images = _two_images(calibration)
+    path = _path(sensitivities, units, *_shares(Variants(model, images), images, plan, units, costs.what))
     start: list[int] = []
 
     def search(multiple: int, near: RatesForTarget | None) -> RatesForTarget:
@@ -174,24 +176,93 @@ def measure_sensitivities(
     """
     model, calibration = unwrap(model), _checked(calibration)
     plan = _plan(model, example_input, plan_arguments)
-    scores = score_filters(plan, (criterion,)).by_name
+    scores = score_filters(plan, (criterion,))
     units = _units(model, example_input, plan_arguments)
+    return _sensitivities(scores, criterion, units, Variants(model, calibration), calibration, rates, advance=advance)
+
+
+def _sensitivities(
+    scores: FilterScores, criterion: str, units: list[list[str]], variants: Variants, calibration: Batches,
+    rates: Sequence[float] = RATES, mask_bn: bool = True,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Sensitivities:  # fmt: skip
+    plan = scores.plan
     whole = plan.with_rates(dict.fromkeys((layer.name for layer in plan.layers), 0.0))
     masks, of_mask = [None], {}  # equal ones (few filters, or rounded to the same number) are tried once
     seen: dict[str, int] = {}
     for names in units:
         for rate in rates:
-            mask = select_filters(FilterScores(whole.with_rates(dict.fromkeys(names, rate)), scores))
+            mask = select_filters(FilterScores(whole.with_rates(dict.fromkeys(names, rate)), scores.by_name), criterion)
             number = 0 if mask.keep.all() else seen.setdefault(mask.digest, len(masks))
             masks += [mask] if number == len(masks) else []
             of_mask[names[0], rate] = number
     done = iter(range(1, len(masks) + 1))
-    found = Variants(model, calibration).run(masks, calibration, advance=lambda: advance(next(done), len(masks)))
+    report = lambda: advance(next(done), len(masks))  # noqa: E731
+    found = variants.run(masks, calibration, mask_bn=mask_bn, advance=report)
     losses = {
         name: {rate: found[of_mask[names[0], rate]].metrics["loss"] for rate in rates}
         for names in units for name in names
     }  # fmt: skip
     return Sensitivities(found[0].metrics["loss"], losses)
+
+
+class Allocator:
+    """For a pruner: at each pruning point, rates that save what its plan's would, where the loss rises least.
+
+    What is saved is predicted from what each layer's filters take along, the same way for both, and not counted on
+    compact networks, which takes seconds each.
+
+    Args:
+        what: ``"flops"`` or ``"parameters"``.
+        calibration, per_layer: the pruner's.
+    """
+
+    def __init__(self, what: str, calibration: Batches | None, per_layer: bool) -> None:
+        if what not in ("flops", "parameters"):
+            raise MfpError(f"allocate must be 'flops' or 'parameters', not {what!r}")
+        if per_layer:
+            raise MfpError("allocate chooses one criterion for all layers: leave out per_layer")
+        self.what, self.calibration = what, _checked(calibration)
+        self._few: Variants | None = None
+
+    def look_at(self, plan: FilterPlan, example_input: Any, plan_arguments: Mapping[str, Any]) -> None:
+        """Find the layers whose rates may change: those whose rate ``layer_rates`` does not settle."""
+        arguments = {name: value for name, value in plan_arguments.items() if name != "rate"}
+        self.units = _units(plan.model, example_input, arguments)
+        highest = max(plan[names[0]].rate for names in self.units)
+        if highest > max(RATES):
+            raise MfpError(f"allocate raises no rate above {max(RATES)}: rate must be at most that, not {highest:g}")
+
+    def suited(self, scores: FilterScores, criterion: str, comparison: Comparison) -> FilterPlan:
+        """The plan of the scores with rates that suit the network as it is now; all processes take part.
+
+        Raises CaptureError where the network has no graph.
+        """
+        plan, images = scores.plan, _two_images(self.calibration)
+        variants = comparison.variants() or Variants(plan.model, self.calibration)  # raises, and says why
+        found = _sensitivities(
+            scores, criterion, self.units, variants, self.calibration, mask_bn=comparison.mask_bn
+        )  # fmt: skip
+        if self._few is None or not self._few.fits():
+            self._few = Variants(plan.model, images)
+        shares = [mean_over_processes(s) for s in _shares(self._few, images, plan, self.units, self.what)]
+        path = _path(found, self.units, *shares)
+
+        def at(index: int) -> FilterPlan:
+            pairs = zip(path[index], self.units, strict=True)
+            return plan.with_rates({name: rate for rate, names in pairs for name in names})
+
+        asked = _predicted(plan, self.units, *shares)
+        if asked >= _predicted(at(0), self.units, *shares):
+            return at(0)
+        return at(first_within(asked, len(path) - 1, lambda index: _predicted(at(index), self.units, *shares))[0])
+
+
+def _predicted(plan: FilterPlan, units: list[list[str]], cost: Tensor, filters: Tensor, inputs: Tensor) -> float:
+    """What a plan's compact network costs, from the results of :func:`_shares`."""
+    first = [plan[names[0]] for names in units]
+    gone = torch.tensor([layer.num_pruned / layer.num_filters for layer in first], dtype=torch.float64)
+    return float((cost * (1 - filters @ gone) * (1 - inputs @ gone)).sum())
 
 
 def check_target(model: nn.Module, example_input: Any, targets: dict[str, Any], **plan_arguments: Any) -> None:
@@ -245,12 +316,15 @@ def _units(model: nn.Module, example_input: Any, plan_arguments: Mapping[str, An
     return list(units.values())
 
 
+def _two_images(calibration: Batches) -> list[tuple[Tensor, None]]:
+    return [(torch.cat([inputs[:2] for inputs, _ in calibration])[:2], None)]
+
+
 def _shares(
-    model: nn.Module, plan: FilterPlan, units: list[list[str]], calibration: Batches, what: str
+    variants: Variants, images: list[tuple[Tensor, None]], plan: FilterPlan, units: list[list[str]], what: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each conv or linear layer costs, and the share of its filters and of its inputs that each unit takes along
     when it loses all of its own: ``[J]``, ``[J, U]``, ``[J, U]``. Seen, not derived: on two images, unit by unit."""
-    images = [(torch.cat([inputs[:2] for inputs, _ in calibration])[:2], None)]
     whole = plan.with_rates(dict.fromkeys((layer.name for layer in plan.layers), 0.0))
     halved = [whole.with_rates(dict.fromkeys(names, 0.5)) for names in units]
     scores = score_filters(plan, ("l2_norm",)).by_name
@@ -272,7 +346,7 @@ def _shares(
             filters.setdefault(node, {})[number] = weight.flatten(1).any(1)
             inputs.setdefault(node, {})[number] = channels.any(1) | grouped
 
-    Variants(model, images).run(masks, images, measure=False, watch=watch)
+    variants.run(masks, images, measure=False, watch=watch)
 
     def lost(there: dict[fx.Node, dict[int, Tensor]]) -> Tensor:
         shares = torch.zeros(len(cost), len(units), dtype=torch.float64)

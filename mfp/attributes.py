@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfp.errors import MfpError
+from mfp.errors import MfpError, did_you_mean
 
 Batches = Sequence[tuple[Tensor, Tensor]]
+ONE_VALUE = (
+    "{} sees one value per channel, which has no variance: give more than one calibration image, or recalibrate=False"
+)
 
 
 def weight_energy(scores: Mapping[str, Tensor], keep: Tensor) -> float:
@@ -66,6 +69,14 @@ def metrics(totals: Tensor) -> dict[str, float]:
     return {"loss": loss, "top1_error": top1, "top5_error": top5}
 
 
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The same on every process of torch.distributed, where that is running."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+        values /= torch.distributed.get_world_size()
+    return values
+
+
 WITHOUT_DATA: dict[str, Callable[[Mapping[str, Tensor], Tensor], float]] = {
     "weight_energy": weight_energy,
     "sparsity": sparsity,
@@ -87,7 +98,8 @@ def check(attribute: str | Callable[[nn.Module], float], calibration: Batches | 
     if attribute not in WITH_DATA:
         raise MfpError(
             f"unknown attribute {attribute!r}: known are {', '.join((*WITHOUT_DATA, *WITH_DATA))}, "
-            "or any callable that takes the model and returns a number"
+            f"or any callable that takes the model and returns a number"
+            f"{did_you_mean(attribute, (*WITHOUT_DATA, *WITH_DATA))}"
         )
     if not calibration:
         raise MfpError(f"attribute {attribute!r} is measured on data: give calibration=[(inputs, targets), ...]")
@@ -104,7 +116,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Batches) -> None:
         batches: ``(inputs, targets)`` pairs; the targets are not used.
 
     Raises:
-        MfpError: no batches; the statistics are untouched then.
+        MfpError: no batches, or one in which a BatchNorm sees one value per channel; the statistics are untouched then.
     """
     batches = list(batches)
     if not batches:
@@ -114,6 +126,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Batches) -> None:
         return
     device = next(model.parameters()).device
     momenta = [norm.momentum for norm in norms]
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     with training_flags(model):
         model.eval()
         try:
@@ -123,6 +136,12 @@ def recalibrate_batchnorm(model: nn.Module, batches: Batches) -> None:
                 norm.momentum = None  # cumulative average
             for inputs, _ in batches:
                 model(inputs.to(device, non_blocking=True))
+        except BaseException as error:
+            for buffer, value in before:
+                buffer.copy_(value)
+            if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):  # torch's own words
+                raise MfpError(ONE_VALUE.format("a BatchNorm")) from error
+            raise
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from mfp.errors import MfpError
+from mfp.errors import MfpError, did_you_mean
 
 REBUILD = "python -m pip install --no-build-isolation --force-reinstall --no-deps mfp (or `.` in a checkout)"
 
@@ -22,7 +22,7 @@ def _compiled() -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.import_module("mfp._C")
     except ModuleNotFoundError:
-        return None, "mfp._C was not built; install mfp with pip (README, Install)"
+        return None, "mfp._C was not built (no compiler, or MFP_EXTENSION=0); plain torch computes instead"
     except ImportError as error:  # an undefined symbol: built against another torch
         reason = f"mfp._C does not load into torch {torch.__version__} ({error}); rebuild with: {REBUILD}"
         warnings.warn(reason, stacklevel=2)
@@ -49,33 +49,44 @@ class Backend:
         name: what ``MFP_BACKEND`` takes.
         devices: the device types whose tensors it accepts; empty means any.
         unusable: the reason why it cannot run here, or None.
+        remedy: what to do about that.
     """
 
     name: str
     devices: tuple[str, ...]
-    unusable: str | None
+    unusable: str | None = None
+    remedy: str | None = None
 
     def accepts(self, device: torch.device) -> bool:
         return not self.devices or device.type in self.devices
 
 
-def _cuda_unusable() -> str | None:
+NO_DEVICE = "torch sees no CUDA device"
+WITH_A_GPU = "nothing, without an NVIDIA GPU; with one: nvidia-smi must list it, and torch must be built with CUDA"
+
+
+def _cuda_unusable() -> tuple[str | None, str | None]:
+    """Why the compiled CUDA kernels cannot run, and what to do."""
     module, reason = _compiled()
     if module is None:
-        return reason
+        return reason, "build the compiled part (see cpu)"
     if module.build_info()["cuda_architectures"] is None:
-        return "mfp was built without CUDA kernels (see the line `CUDA kernels:` of the build)"
-    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+        what = (
+            f"nvcc of CUDA {torch.version.cuda.split('.')[0]}" if torch.version.cuda else "a torch with CUDA, and nvcc"
+        )
+        return "mfp was built without CUDA kernels", f"install {what}, then MFP_CUDA=1 {REBUILD}"
+    return (None, None) if torch.cuda.is_available() else (NO_DEVICE, WITH_A_GPU)
 
 
-def _triton_unusable() -> str | None:
+def _triton_unusable() -> tuple[str | None, str | None]:
+    """Why the Triton kernels cannot run, and what to do."""
     try:
         importlib.import_module("triton")
     except ImportError as error:
-        return f"triton does not import: {error}"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return None if torch.cuda.is_available() else "torch sees no CUDA device (TRITON_INTERPRET=1 runs it on a CPU)"
+        return f"triton does not import: {error}", "python -m pip install triton"
+    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
+        return None, None
+    return NO_DEVICE, f"{WITH_A_GPU}; TRITON_INTERPRET=1 runs it on a CPU, slowly"
 
 
 @functools.cache
@@ -83,10 +94,10 @@ def backends() -> dict[str, Backend]:
     """All backends by name, in the order in which they are preferred."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     records = (
-        Backend("cpu", ("cpu",), _compiled()[1]),
-        Backend("cuda", ("cuda",), _cuda_unusable()),
-        Backend("triton", ("cuda", "cpu") if interpreted else ("cuda",), _triton_unusable()),
-        Backend("reference", (), None),
+        Backend("cpu", ("cpu",), _compiled()[1], f"install a C++ compiler if there is none, then {REBUILD}"),
+        Backend("cuda", ("cuda",), *_cuda_unusable()),
+        Backend("triton", ("cuda", "cpu") if interpreted else ("cuda",), *_triton_unusable()),
+        Backend("reference", ()),
     )
     return {record.name: record for record in records}
 
@@ -103,7 +114,8 @@ def choose(device: torch.device, requested: str | None = None) -> Backend:
     if requested is None:
         return next(b for b in backends().values() if b.unusable is None and b.accepts(device))
     if requested not in backends():
-        raise MfpError(f"unknown backend {requested!r}: known are {', '.join(backends())}")
+        near = did_you_mean(requested, backends())
+        raise MfpError(f"unknown backend {requested!r}: known are {', '.join(backends())}{near}")
     backend = backends()[requested]
     if backend.unusable:
         raise MfpError(f"backend {requested!r} was requested and cannot run: {backend.unusable}")

@@ -17,28 +17,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
+from mfp import commands
+from mfp.commands import data_name, function_name
 from mfp.errors import MfpError
 
 if TYPE_CHECKING:
     from mfp.train.config import RunConfig
 
 USERS_MISTAKE, FAILURE = 2, 1
-SWITCHES = (
-    "MFP_BACKEND",
-    "MFP_CPU_ISA",
-    "MFP_WINOGRAD",
-    "MFP_DEBUG",
-    "MFP_CUDA",
-    "TORCH_CUDA_ARCH_LIST",
-)  # setup.py explains them
 NAMES = {"flops": "FLOPs", "parameters": "parameters", "milliseconds": "time"}
 
 app = typer.Typer(
     help="Filter pruning of convolutional networks, down to a smaller network that is really faster.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
 )  # fmt: skip
 
 
@@ -102,9 +95,9 @@ def prune(
     if ":" in given.get("arch", ""):
         raise MfpError(f"--arch {given['arch']}: code of yours is imported only by --model package:function")
     if model:
-        given["arch"] = _function(model)
+        given["arch"] = function_name(model)
     if dataset or "data" in given:
-        given["data"] = _data(given.get("data"), dataset)
+        given["data"] = data_name(given.get("data"), dataset)
     config = _make_config(given, recipe, output if resume else None)
     output = output or _free_directory(config)
     try:
@@ -173,6 +166,38 @@ def _free_directory(config: RunConfig) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
+#: What `mfp prune --help` shows together. An option that is in no other group is in the last.
+PANELS = {
+    "What matters first": ("arch", "data", "rate", "epochs", "output"),
+    "What is pruned, and how": (
+        "criteria", "attribute", "mode", "residual", "channel_multiple", "skip", "layer_rates", "interval", "settle",
+        "per_layer", "mask_bn", "recalibrate", "calibration_batches",
+    ),
+    "A cost instead of a rate": ("target_flops", "target_parameters", "target_milliseconds", "engine", "allocate"),
+    "Network and data": ("recipe", "weights", "model", "dataset", "validation", "download"),
+    "Optimisation": (
+        "batch", "accumulate", "lr", "momentum", "nesterov", "weight_decay", "schedule", "milestones", "gamma",
+        "warmup_epochs", "clip", "label_smoothing", "ema", "precision", "channels_last", "compile", "seed",
+    ),
+    "The run": ("resume", "dense", "workers", "device", "timeout", "checkpoint_every", "tensorboard"),
+}  # fmt: skip
+
+
+def _in_panels(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    """The options of `mfp prune` in the order of PANELS, each in its group."""
+    places = {name: (panel, place) for panel, names in PANELS.items() for place, name in enumerate(names)}
+    last, order = list(PANELS)[-1], list(PANELS)
+
+    def place(parameter: inspect.Parameter) -> tuple[int, int]:
+        panel, number = places.get(parameter.name, (last, len(parameters)))
+        return (order.index(panel), number) if parameter.name != "ctx" else (-1, 0)
+
+    for parameter in parameters:
+        for option in getattr(parameter.annotation, "__metadata__", ()):
+            option.rich_help_panel = places.get(parameter.name, (last, 0))[0]
+    return sorted(parameters, key=place)
+
+
 def _options() -> Iterator[inspect.Parameter]:
     """One command-line option per setting of RunConfig, with its default and its help."""
     from mfp.train.config import RunConfig
@@ -186,33 +211,21 @@ def _options() -> Iterator[inspect.Parameter]:
         yield inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=option)
 
 
-def _function(name: str, option: str = "--model", names: str = "networks go to --arch") -> str:
-    if ":" not in name:
-        raise MfpError(f"{option} {name}: write package:function (names of {names})")
-    return name
-
-
-def _data(data: str | None, dataset: str | None) -> str | None:
-    """What --data or --dataset says, as one specification."""
-    from mfp.train.datasets import OWN
-
-    if dataset and data:
-        raise MfpError(f"--data {data} and --dataset {dataset}: give one of the two")
-    if data and data.startswith(OWN):
-        raise MfpError(f"--data {data}: code of yours is imported only by --dataset package:function")
-    return OWN + _function(dataset, "--dataset", "data sets go to --data") if dataset else data
-
-
 parameters = [
     parameter
     for parameter in inspect.signature(prune, eval_str=True).parameters.values()
     if parameter.kind is not inspect.Parameter.VAR_KEYWORD
 ]
 prune.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # typer reads it
-    [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters] + list(_options())
+    _in_panels([parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters] + list(_options()))
 )
-prune.__annotations__ = {name: p.annotation for name, p in prune.__signature__.parameters.items()}
+prune.__annotations__ = {name: p.annotation for name, p in inspect.signature(prune).parameters.items()}
 app.command()(prune)
+for command in (commands.compact, commands.export, commands.evaluate, commands.report):
+    app.command()(command)
+through = {"allow_extra_args": True, "ignore_unknown_options": True}  # mfp/bench reads its options itself
+app.command(context_settings=through, add_help_option=False)(commands.bench)
+app.command()(commands.info)
 
 
 def _print_result(result: dict[str, Any], output: Path, recipe_name: str | None) -> None:
@@ -235,6 +248,7 @@ def _print_result(result: dict[str, Any], output: Path, recipe_name: str | None)
     row("parameters", "parameters", "{:,}")
     row(f"ms per image (batch {result['timing_batch']})", "milliseconds", "{:.3f}")
     console.print(table)
+    _print_choice(console, result["choice"])
     dense, compact = result["dense"], result["compact"]
     saved = {key: 1 - compact[key] / dense[key] for key in ("flops", "parameters", "milliseconds")}
     trained, validation, tested = result["images"]
@@ -254,6 +268,26 @@ def _print_result(result: dict[str, Any], output: Path, recipe_name: str | None)
         console.print(line, soft_wrap=True)
 
 
+def _print_choice(console: Console, choice: dict[str, Any]) -> None:
+    """What each candidate alone would have given at the last pruning point."""
+    values, accuracies = choice["neighbours"], choice["hindsight"]
+    if not values:
+        return
+    table = Table(title=f"by each criterion alone, after epoch {choice['epoch'] + 1} (→ chosen)")
+    for column in ("", f"calibration {choice['attribute']}", "validation accuracy, %"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
+    for name in sorted(values, key=lambda name: abs(values[name] - choice["before"])):
+        mark = "→ " if name == choice["chosen"] else "  "
+        table.add_row(mark + name, f"{values[name]:.4g}", f"{accuracies[name]:.2f}" if accuracies else "-")
+    console.print(table)
+    if accuracies:
+        from mfp.train.evaluation import regret_of
+
+        regret, ahead = regret_of(accuracies, choice["chosen"])
+        console.print(f"the choice was {regret:.2f} points behind the best of them and {ahead:.2f} ahead of their mean "
+                      f"(before pruning: {choice['attribute']} {choice['before']:.4g})", soft_wrap=True)  # fmt: skip
+
+
 def _runs(names: list[str]) -> str:
     """["a", "a", "b"] as "a x2, b"."""
     groups: list[list[Any]] = []
@@ -263,176 +297,3 @@ def _runs(names: list[str]) -> str:
         else:
             groups.append([name, 1])
     return ", ".join(name if count == 1 else f"{name} x{count}" for name, count in groups)
-
-
-# ---- the other commands
-
-
-@app.command()
-def compact(
-    checkpoint: Annotated[Path, typer.Argument(help="a run directory, or a checkpoint of one")],
-    output: Annotated[Path, typer.Option(help="file to write")] = Path("small.mfp"),
-    fold_bn: Annotated[bool, typer.Option("--fold-bn", help="fold BatchNorm into the convolutions")] = False,
-    model: Annotated[str | None, typer.Option(help="package:function that built the network of the run")] = None,
-) -> None:
-    """Remove the pruned filters of a checkpoint: write the smaller network, say what was removed and what it saves."""
-    import torch
-
-    import mfp
-    from mfp.export import dense_like
-    from mfp.train.evaluation import milliseconds_per_image
-    from mfp.train.load import load_masked
-
-    masked, image_shape = load_masked(checkpoint, _function(model) if model else None)
-    example = torch.zeros(1, *image_shape)
-    small = mfp.compact(masked, example, fold_bn=fold_bn)
-    mfp.save(small, output)
-    serving = {
-        name: mfp.compact(network, example, fold_bn=True)
-        for name, network in (("full", dense_like(masked)), ("masked", masked))
-    }
-    times = milliseconds_per_image(serving, torch.randn(8, *image_shape))
-    print(small.report)
-    print(f"milliseconds per image {times['full']:.3g} → {times['masked']:.3g} (8 at a time, BatchNorm folded)")
-    print(f"{output}: {output.stat().st_size:,} bytes")
-
-
-@app.command()
-def export(
-    source: Annotated[Path, typer.Argument(help="a run directory, a checkpoint of one, or a file of mfp.save")],
-    output: Annotated[Path, typer.Argument(help="file to write: .onnx, .xml (OpenVINO) or .pt2 (torch.export)")],
-    verify: Annotated[bool, typer.Option("--verify", help="compare the engine's outputs with torch's")] = False,
-    measure: Annotated[bool, typer.Option("--measure", help="time the dense and the compact network")] = False,
-    engine: Annotated[str | None, typer.Option(help="that runs the file: onnxruntime, openvino, torch.compile")] = None,
-    batch: Annotated[str, typer.Option(help="images at a time for --measure, with commas")] = "1,8",
-    model: Annotated[str | None, typer.Option(help="package:function that built the network of the run")] = None,
-) -> None:
-    """Write a pruned network for the engine that serves it: BatchNorm folded, plain additions, any batch size."""
-    import torch
-
-    import mfp
-    from mfp.export import engines, export_and_arguments
-    from mfp.train.load import load_masked
-
-    engine = engine or engines.SERVES.get(output.suffix)
-    if (verify or measure) and engine:
-        engines.check_engine(engine)
-    batches = _whole_numbers("--batch", batch)
-    if source.suffix == ".mfp":
-        network, example = mfp.load(source), None
-    else:
-        network, image_shape = load_masked(source, _function(model) if model else None)
-        example = torch.zeros(1, *image_shape)
-    report, arguments = export_and_arguments(network, output, example)
-    print(report)
-    if verify:
-        sizes = (1, 3) if report.free_batch else (len(next(iter(arguments.values()))),)
-        for size, apart in engines.verify(output, network.eval(), arguments, engine, sizes).items():
-            print(f"{engine}, batch {size}: outputs differ from torch's by {apart:.1e} of the largest")
-    if measure:
-        _print_times(engine, output, None if source.suffix == ".mfp" else network, arguments, report, batches)
-
-
-def _whole_numbers(name: str, text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise MfpError(f"{name} {text!r}: write whole numbers, as 1,8")
-    return numbers
-
-
-def _print_times(engine: str, file: Path, masked: Any, arguments: dict, report: Any, batches: list[int]) -> None:
-    import tempfile
-
-    import mfp
-    from mfp.export import dense_like, engines
-
-    with tempfile.TemporaryDirectory() as directory:
-        contestants, counts = {"compact": (engine, file)}, {"compact": report.flops_exported}
-        if masked is not None:
-            dense = mfp.export(dense_like(masked), Path(directory) / f"dense{file.suffix}", arguments)
-            contestants = {"dense": (engine, dense.files[0]), **contestants}
-            counts["dense"] = dense.flops_exported
-        with Progress(transient=True) as progress:
-            task = progress.add_task(f"measuring in {engine}", total=len(contestants) * engines.ROUNDS)
-            advance = lambda: progress.advance(task)  # noqa: E731
-            times = engines.measure(contestants, engines.one_image(arguments), batches, advance=advance)
-    table = Table(title=f"ms a call in {engine}, medians of {engines.ROUNDS} rounds, each in a process of its own")
-    for column in ("", "multiply-adds", *(f"batch {size}" for size in batches)):
-        table.add_column(column, justify="right" if column else "left")
-    for label, found in times.items():
-        table.add_row(label, f"{counts[label]:,}", *(f"{found[size]:.2f}" for size in batches))
-    if masked is not None:
-        saved = (1 - times["compact"][size] / times["dense"][size] for size in batches)
-        table.add_row("saved", f"{1 - counts['compact'] / counts['dense']:.1%}", *(f"{share:.1%}" for share in saved))
-    Console(highlight=False).print(table)
-    if masked is None:
-        print("a file of mfp.save does not hold the dense network: give the run to measure both")
-
-
-@app.command()
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="a file of mfp.save, a run directory, or a checkpoint of one")],
-    data: Annotated[str | None, typer.Option(help="as for mfp prune; digits if not given")] = None,
-    dataset: Annotated[str | None, typer.Option(help="package:function of yours that returns the data")] = None,
-    batch: Annotated[int, typer.Option(help="images at a time")] = 128,
-    workers: Annotated[int, typer.Option(help="processes that load images")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
-    function: Annotated[str | None, typer.Option("--model", help="package:function of the run's network")] = None,
-) -> None:
-    """Accuracy of a masked or a compact network on the test images."""
-    import mfp
-    from mfp.train.data import load_data
-    from mfp.train.distributed import join
-    from mfp.train.evaluation import evaluate as measure
-    from mfp.train.load import load_network
-
-    spec = _data(data, dataset) or "digits"
-    network = load_network(model, _function(function) if function else None)
-    images = load_data(spec)
-    network.to(join(device).device)
-    metrics = measure(network, images.test, batch, workers)
-    flops = mfp.flops(network, images.example().to(next(network.parameters()).device))
-    print(f"{model}: top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.4f} "
-          f"on {metrics['images']:,} images; {flops:,} FLOPs")  # fmt: skip
-
-
-@app.command()
-def report(
-    run: Annotated[Path, typer.Argument(help="a run directory")],
-    output: Annotated[Path | None, typer.Option(help="file to write; RUN/report.html if not given")] = None,
-) -> None:
-    """One self-contained HTML page about a run."""
-    from mfp.report import write_report
-
-    print(write_report(run, output))
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
-def bench(ctx: typer.Context) -> None:
-    """Measure this machine: see `mfp bench --help`."""
-    from mfp.bench import main as measure
-
-    measure(ctx.args)
-
-
-@app.command()
-def info() -> None:
-    """What runs here, and why the rest does not."""
-    import platform
-
-    import torch
-
-    import mfp
-    from mfp import backend
-
-    print(f"mfp {mfp.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"{torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs")
-    for name, entry in backend.backends().items():
-        print(f"backend {name}: {entry.unusable or 'runs'}")
-    for key, value in (backend.build_info() or {}).items():
-        print(f"built with {key}: {value}")
-    for switch in SWITCHES:
-        print(f"switch {switch}: {os.environ.get(switch, 'not set')}")

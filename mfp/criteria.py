@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from mfp.errors import MfpError
+from mfp.errors import MfpError, did_you_mean
 
 
 class Kind(enum.IntEnum):
@@ -91,7 +91,8 @@ def criterion(name: str | Criterion) -> Criterion:
     match = _GENERAL.fullmatch(name) if isinstance(name, str) else None
     if match is None:
         raise MfpError(
-            f"unknown criterion {name!r}: known are {', '.join(NAMED)}, and l<p>_norm and l<p>_distance for real p >= 1"
+            f"unknown criterion {name!r}: known are {', '.join(NAMED)}, "
+            f"and l<p>_norm and l<p>_distance for real p >= 1{did_you_mean(name, NAMED)}"
         )
     exponent = float(match[1])
     if not 1.0 <= exponent < math.inf:

@@ -166,7 +166,7 @@ def _config(name: str, module: nn.Module) -> dict[str, Any]:
     kinds = [kind for kind in cls.__mro__ if kind is cls or issubclass(kind, nn.Conv2d)]
     keys = [key for kind in kinds for key in inspect.signature(kind.__init__).parameters]
     takes_flag = cls.__module__.startswith("torch.") or isinstance(module, nn.Conv2d)  # bias is True or False there
-    config = {}
+    config: dict[str, Any] = {}
     for key in keys:
         value = getattr(module, key, inspect.Parameter.empty)
         if key in ("self", "args", "kwargs", "device", "dtype", "process_group") or value is inspect.Parameter.empty:

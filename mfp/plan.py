@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mfp.errors import CaptureError, MfpError
+from mfp.errors import CaptureError, MfpError, did_you_mean
 from mfp.ops import is_row_dense
 from mfp.structure import CONVS, Structure, structure_of
 
@@ -289,7 +289,8 @@ def check_plan_arguments(
     if not isinstance(multiple, int) or multiple < 1:
         raise MfpError(f"channel_multiple must be a whole number of at least 1, got {multiple!r}")
     if residual not in RESIDUAL:
-        raise MfpError(f"residual must be one of {', '.join(map(repr, RESIDUAL))}, not {residual!r}")
+        near = did_you_mean(residual, RESIDUAL)
+        raise MfpError(f"residual must be one of {', '.join(map(repr, RESIDUAL))}, not {residual!r}{near}")
 
 
 def _match_all(argument: str, patterns: Iterable[str], convs: Collection[str]) -> dict[str, set[str]]:
@@ -297,7 +298,8 @@ def _match_all(argument: str, patterns: Iterable[str], convs: Collection[str]) -
     found = {pattern: matching(pattern, convs) for pattern in patterns}
     for pattern, layers in found.items():
         if convs and not layers and pattern not in DEFAULT_SKIP:
-            raise MfpError(f"{argument}: {pattern!r} matches no conv layer; the layers are {', '.join(convs)}")
+            near = did_you_mean(pattern, convs)
+            raise MfpError(f"{argument}: {pattern!r} matches no conv layer; the layers are {', '.join(convs)}{near}")
     return found
 
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from mfp import attributes, schedule
-from mfp.attributes import Batches, recalibrate_batchnorm
+from mfp.allocation import Allocator
+from mfp.attributes import Batches
+from mfp.choice import BY_SENSITIVITY, Choice, choose
 from mfp.criteria import PAPER_CRITERIA
-from mfp.errors import CaptureError, MfpError
+from mfp.errors import MfpError
 from mfp.example import FirstBatch
 from mfp.gradients import Loss
 from mfp.mask import FilterMask
-from mfp.neighbours import trying
+from mfp.neighbours import Comparison
 from mfp.plan import FilterPlan, check_plan_arguments, unwrap
 from mfp.scores import FilterScores, batchnorm_scales, check_calibration, check_criteria, score_filters
-from mfp.selection import prune_filters_, select_filters
+from mfp.selection import prune_filters_
 from mfp.sleep import Sleepers
 from mfp.structure import takes_images
-from mfp.variants import Statistics, Variants
 
 STATE_VERSION = 1
 
@@ -39,11 +39,14 @@ class Decision:
         attribute: name of the meta-attribute.
         attribute_before: of the unpruned network; None when there was only one candidate, so that nothing was tried.
         attribute_after: of the network pruned with the chosen criterion; None likewise.
-        neighbours: attribute of each candidate's network (chosen per layer: empty).
+        neighbours: attribute of each candidate's network (chosen per layer: empty). With ``allocate`` there are two of
+            each criterion; the one with rates that suit the layers is called ``"l2_norm by sensitivity"``.
         churn: share of the pruned filters that the mask before did not prune.
         num_pruned: filters pruned.
         digest: fingerprint of the mask.
         mask: the mask, with its plan; None in decisions that were loaded from a file.
+        layer_rates: those in force, where they are not the plan's own.
+        hindsight: what :meth:`FilterPruner.step` was asked to measure besides, of each candidate's network.
     """
 
     epoch: int
@@ -57,19 +60,17 @@ class Decision:
     num_pruned: int
     digest: str
     mask: FilterMask | None = field(default=None, repr=False, compare=False)
+    layer_rates: dict[str, float] | None = None
+    hindsight: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def neighbour(self) -> str | dict[str, str]:
+        """The chosen one's name in ``neighbours`` and ``hindsight``."""
+        return self.criterion + BY_SENSITIVITY if self.layer_rates else self.criterion
 
     def to_dict(self) -> dict:
         """Everything but the mask, as plain values for JSON."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "mask"}
-
-
-class _Choice(NamedTuple):
-    criterion: str | dict[str, str]
-    mask: FilterMask
-    before: float | None
-    after: float | None
-    neighbours: dict[str, float]
-    statistics: Statistics | None = None  # of the BatchNorms, where they were estimated for the choice
 
 
 class FilterPruner:
@@ -107,6 +108,11 @@ class FilterPruner:
             before they are measured, and after each pruning. A pruned network with the statistics of the whole one is
             near chance whatever was pruned. None: where the attribute looks at data and there are calibration batches.
             False is the papers' way.
+        allocate: ``"flops"`` or ``"parameters"``: at each pruning point every criterion is tried with the plan's rates
+            and with rates that save about as much of these where the calibrated loss rises least, as
+            :func:`mfp.find_rates` chooses them (for rates that are found once, give its result as ``layer_rates``).
+            The losses are measured anew each time, by the criterion that was chosen last. It takes calibration batches,
+            and per pruning point one forward pass for each layer at each of five rates.
 
     Raises:
         MfpError: any argument that does not fit; nothing was changed then.
@@ -132,6 +138,7 @@ class FilterPruner:
         example_input: Any = None,
         per_layer: bool = False,
         recalibrate: bool | None = None,
+        allocate: str | None = None,
     ) -> None:
         self.model = unwrap(model)
         known = check_criteria(criteria)
@@ -149,6 +156,7 @@ class FilterPruner:
             recalibrate = attributes.looks_at_data(attribute) and bool(calibration)
         if recalibrate and not calibration:
             raise MfpError("recalibrate=True needs calibration batches")
+        self.allocator = None if allocate is None else Allocator(allocate, calibration, per_layer)
         self.attribute, self.calibration, self.loss = attribute, calibration, loss
         self.mode, self.interval, self.epochs = mode, interval, epochs
         self.mask_bn, self.per_layer, self.recalibrate = mask_bn, per_layer, recalibrate
@@ -159,7 +167,8 @@ class FilterPruner:
         }  # fmt: skip
         self._plan: FilterPlan | None = None
         self._sleepers: Sleepers | None = None
-        self._variants: Variants | bool | None = None  # False: cannot be captured
+        self.comparison = Comparison(self.model, attribute, calibration, recalibrate, mask_bn)
+        self.comparison.check()  # now, and not after an epoch of training
         self._first_batch: FirstBatch | None = None
         if example_input is None and calibration:
             example_input = FirstBatch.part_of(self.model, (calibration[0][0],), {})
@@ -174,6 +183,8 @@ class FilterPruner:
         plan = FilterPlan.from_model(self.model, example_input=example_input, **self._plan_arguments)
         if "bn_scale" in self.criteria:
             batchnorm_scales(plan)  # raises where a layer has none
+        if self.allocator:
+            self.allocator.look_at(plan, example_input, self._plan_arguments)
         self._plan = plan
         self._sleepers = Sleepers(self._plan)
 
@@ -201,8 +212,12 @@ class FilterPruner:
         return self.attribute if isinstance(self.attribute, str) else getattr(self.attribute, "__name__", "attribute")
 
     @torch.no_grad()
-    def step(self, epoch: int) -> Decision | None:
+    def step(self, epoch: int, hindsight: Callable[[nn.Module], float] | None = None) -> Decision | None:
         """Call at the end of each epoch (from 0), or with -1 before the first to prune a trained network at once.
+
+        Args:
+            hindsight: measured for each candidate's network too, without a say in the choice: with the accuracy on
+                images that were held out, the decision shows what each candidate alone would have given.
 
         Returns:
             the decision, or None when the schedule says not now. In ``hard`` mode only the first call decides; later
@@ -220,17 +235,17 @@ class FilterPruner:
         values = self.sleepers.copy()
         factor = schedule.rate_factor(self.mode, epoch, self.epochs)
         plan = self.plan if factor == 1.0 else self.plan.scaled(factor)
-        if len(self.criteria) == 1:
+        if len(self.criteria) == 1 and not self.allocator:
             data = {"calibration": self.calibration, "loss": self.loss}
             mask = prune_filters_(plan, self.criteria[0], mask_bn=self.mask_bn, **data)
-            choice = _Choice(self.criteria[0], mask, None, None, {})
+            choice = Choice(self.criteria[0], mask, None, None, {})
         else:
-            choice = self._choose(plan)
+            choice = choose(self, plan, hindsight)
             choice.mask.apply_(self.mask_bn)
         if self.mask_bn and self.mode != "hard":
             self.sleepers.lay_down(values, choice.mask)
         if self.recalibrate:
-            self._settle(choice.statistics)
+            self.comparison.settle_(choice.statistics)
         decision = Decision(
             epoch=epoch,
             rate_factor=factor,
@@ -243,6 +258,8 @@ class FilterPruner:
             num_pruned=choice.mask.num_pruned,
             digest=choice.mask.digest,
             mask=choice.mask,
+            layer_rates=choice.layer_rates,
+            hindsight=choice.hindsight,
         )
         self.mask = choice.mask
         self.decisions.append(decision)
@@ -266,72 +283,6 @@ class FilterPruner:
         """
         asked = (*self.criteria, *more)
         return score_filters(plan or self.plan, asked, calibration=self.calibration, loss=self.loss)
-
-    def _choose(self, plan: FilterPlan) -> _Choice:
-        needed = [c for c in attributes.NEEDED_SCORES.values() if c not in self.criteria]
-        scores = self.score(plan, needed)
-        masks = {criterion: select_filters(scores, criterion) for criterion in self.criteria}
-        if self.per_layer:
-            return self._choose_per_layer(scores, masks)
-        if self.attribute in attributes.WITHOUT_DATA:
-            measure = attributes.WITHOUT_DATA[self.attribute]
-            before, values = 1.0, {c: measure(scores, mask.keep) for c, mask in masks.items()}
-            statistics: dict[str, Statistics] = {}
-        else:
-            before, values, statistics = self._measure(masks)
-        chosen = _closest(before, values)
-        return _Choice(chosen, masks[chosen], before, values[chosen], values, statistics.get(masks[chosen].digest))
-
-    def _choose_per_layer(self, scores: FilterScores, masks: dict[str, FilterMask]) -> _Choice:
-        measure = attributes.WITHOUT_DATA[self.attribute]
-        chosen = {}
-        for layer in scores.plan.layers:
-            own = {name: row[layer.slice] for name, row in scores.items()}
-            chosen[layer.name] = _closest(1.0, {c: measure(own, m.keep[layer.slice]) for c, m in masks.items()})
-        mask = select_filters(scores, chosen)
-        return _Choice(chosen, mask, 1.0, measure(scores, mask.keep), {})
-
-    def _measure(self, masks: dict[str, FilterMask]) -> tuple[float, dict[str, float], dict[str, Statistics]]:
-        """The attribute of the network as it is and of each neighbour, and the statistics of the neighbours where they
-        are known; equal masks are tried once."""
-        distinct = {mask.digest: mask for mask in masks.values()}
-        variants = self._known_variants() if self.recalibrate and isinstance(self.attribute, str) else None
-        if variants is not None:
-            found = variants.run([None, *distinct.values()], self.calibration, mask_bn=self.mask_bn)
-            values = [variant.metrics[self.attribute] for variant in found]
-            statistics = dict(zip(distinct, (variant.statistics for variant in found[1:]), strict=True))
-        else:
-            with trying(self.model, list(distinct.values()), self.mask_bn) as trial:
-                values = [trial.measure(mask, self._attribute_of) for mask in (None, *distinct.values())]
-            statistics = {}
-        known = dict(zip(distinct, values[1:], strict=True))
-        return values[0], {c: known[mask.digest] for c, mask in masks.items()}, statistics
-
-    def _attribute_of(self, model: nn.Module) -> float:
-        if self.recalibrate:
-            self._settle()
-        if callable(self.attribute):
-            return self.attribute(model)
-        return attributes.measure(model, self.calibration)[self.attribute]
-
-    def _settle(self, statistics: Statistics | None = None) -> None:
-        """New BatchNorm statistics for the network as it is, those given where they were estimated already."""
-        variants = self._known_variants()
-        if variants is None:
-            recalibrate_batchnorm(self.model, self.calibration)
-            return
-        if statistics is None:
-            statistics = variants.run([None], self.calibration, measure=False)[0].statistics
-        variants.settle_(statistics, self.calibration)
-
-    def _known_variants(self) -> Variants | None:
-        """The network's graph, captured once; None where it cannot be, and the module itself must run."""
-        if self._variants is None or (self._variants and not self._variants.fits()):
-            try:
-                self._variants = Variants(self.model, self.calibration)
-            except CaptureError:
-                self._variants = False  # nor at the next pruning point, and trying takes seconds
-        return self._variants or None
 
     def state_dict(self) -> dict:
         """What a resumed run needs: plain values for JSON, and tensors.
@@ -370,9 +321,3 @@ class FilterPruner:
 
     def _layers(self) -> list[list]:
         return [[layer.name, layer.num_filters, layer.filter_size] for layer in self.plan.layers]
-
-
-def _closest(before: float, values: dict[str, float]) -> str:
-    """The candidate whose attribute is closest; of equals the first, and one that is not a number never wins."""
-    distances = {c: abs(value - before) for c, value in values.items()}
-    return min(distances, key=lambda c: distances[c] if not math.isnan(distances[c]) else math.inf)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mfp.errors import MfpError
+from mfp.errors import MfpError, did_you_mean
 
 MODES = ("soft", "hard", "asymptotic", "cubic")
 
@@ -14,7 +14,7 @@ _ASYMPTOTIC_EIGHTH = 0.250011448284956
 def check(mode: str, interval: int, epochs: int | None) -> None:
     """Raise for an unknown mode, an interval below 1, or a growing rate without a last epoch."""
     if mode not in MODES:
-        raise MfpError(f"unknown mode {mode!r}: known are {', '.join(MODES)}")
+        raise MfpError(f"unknown mode {mode!r}: known are {', '.join(MODES)}{did_you_mean(mode, MODES)}")
     if not isinstance(interval, int) or interval < 1:
         raise MfpError(f"interval must be a whole number of epochs, at least 1; got {interval!r}")
     if epochs is not None and (not isinstance(epochs, int) or epochs < 1):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mfp.build import build_of
 from mfp.capture import Captured, capture, example_arguments
 from mfp.errors import CaptureError
 
@@ -47,6 +48,8 @@ class Structure:
     bound: set[str]
 
 
+MOST_BUILT = 64
+_BUILT: dict[Any, Structure] = {}
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Structure]] = weakref.WeakKeyDictionary()
 
 
@@ -59,6 +62,10 @@ def structure_of(model: nn.Module, example_input: Any = None) -> Structure:
     state = tuple((name, type(module), getattr(module, "groups", 0)) for name, module in model.named_modules())
     if model in _KNOWN and _KNOWN[model][0] == state:
         return _KNOWN[model][1]
+    build = build_of(model, example_input)
+    if build in _BUILT:
+        _KNOWN[model] = state, _BUILT[build]
+        return _BUILT[build]
     error: CaptureError | None = None
     for example in [example_input] if example_input is not None else guesses(model):
         try:
@@ -67,6 +74,10 @@ def structure_of(model: nn.Module, example_input: Any = None) -> Structure:
             error = error or failure
             continue
         _KNOWN[model] = state, found
+        if build is not None:
+            _BUILT[build] = found
+            if len(_BUILT) > MOST_BUILT:
+                del _BUILT[next(iter(_BUILT))]
         return found
     raise error or CaptureError(f"{type(model).__name__} has no conv layer whose input it could be tried with")
 

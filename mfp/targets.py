@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mfp.capture import example_arguments
-from mfp.compact import compact, count_parameters, flops
+from mfp.capture import capture, example_arguments
+from mfp.compact import compact_captured, count_parameters, flops
 from mfp.errors import MfpError
 from mfp.export import export
 from mfp.export.engines import ENGINES, check_engine, one_image, run_file
@@ -229,12 +229,14 @@ def first_within(asked: float, last: int, cost: Callable[[int], float], start: i
 
 
 class _Candidates:
-    """Compact networks of one model at any rate; filters are scored once."""
+    """Compact networks of one model at any rate; it is captured once, and its filters are scored once."""
 
     def __init__(
         self, model: nn.Module, example_input: Any, criterion: str, serving: bool, plan_arguments: dict
     ) -> None:
-        self.model, self.example_input, self.serving = model, example_input, serving
+        self.model, self.serving = model, serving
+        self.arguments = example_arguments(model, example_input)
+        self.captured = capture(model, self.arguments)
         self.plan_arguments = plan_arguments | {"example_input": example_input}
         self.state = {name: value.clone() for name, value in model.state_dict().items()}
         self.scores = score_filters(FilterPlan.from_model(model, 0.0, **self.plan_arguments), (criterion,))
@@ -245,7 +247,7 @@ class _Candidates:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "mfp.compact removed nothing")  # at rate 0 that is meant
-                return compact(self.model, self.example_input, fold_bn=self.serving)
+                return compact_captured(self.model, self.arguments, self.captured, self.serving)
         finally:
             self.model.load_state_dict(self.state)
 

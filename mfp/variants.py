@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mfp import ops
-from mfp.attributes import Batches, metrics, tally
+from mfp.attributes import ONE_VALUE, Batches, metrics, tally
 from mfp.capture import capture, example_arguments
 from mfp.errors import CaptureError, MfpError
 from mfp.mask import FilterMask
@@ -242,10 +242,7 @@ def _statistics(inputs: list[Tensor], name: str) -> tuple[Tensor, Tensor]:
     counts = [value.numel() // value.shape[1] for value in inputs]
     total = sum(counts)
     if total < 2:
-        raise MfpError(
-            f"BatchNorm {name!r} sees one value per channel, which has no variance: give more than one calibration "
-            "image, or recalibrate=False"
-        )
+        raise MfpError(ONE_VALUE.format(f"BatchNorm {name!r}"))
     # of each batch with the variance around its own mean: much faster on a CPU than torch.var_mean
     own = [aten.batch_norm_update_stats(_wide(value), None, None, 0.0) for value in inputs]
     mean = sum(count * m.double() for count, (m, _) in zip(counts, own, strict=True)) / total

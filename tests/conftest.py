@@ -7,7 +7,9 @@ import functools
 import math
 import os
 import random
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -143,3 +145,21 @@ def three_threads():
     torch.set_num_threads(3)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Runs `mfp ...` in this process: exit code, standard output, standard error."""
+    from mfp import cli
+
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mfp", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run

@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from compact_cases import difference, killed
+from small_networks import NETWORKS
 from torch import fx, nn
 
 import mfp
@@ -74,7 +74,7 @@ def test_arguments_that_are_not_given_keep_their_defaults():
 
 
 def test_names_of_parameters_and_modules():
-    model = torchvision.models.resnet18()
+    model = NETWORKS["resnet"]()
     found = captured(model, torch.zeros(1, 3, 64, 64))
     owned = dict(model.named_parameters()) | dict(model.named_buffers())
     read = [node.target for node in found.graph.nodes if node.op == "get_attr"]
@@ -88,7 +88,7 @@ def test_names_of_parameters_and_modules():
 
 
 def test_capturing_leaves_the_model_alone():
-    model = torchvision.models.mobilenet_v2()
+    model = NETWORKS["mobilenet_v2"]()
     model.features[3].eval()
     before = [module.training for module in model.modules()]
     values = {key: value.clone() for key, value in model.state_dict().items()}
@@ -332,8 +332,9 @@ class Activations(nn.Module):
         return self.bn(x[:, :, ::2].permute(0, 1, 3, 2)).flatten(2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("dtype", "memory_format"), [(torch.float32, torch.channels_last), (torch.bfloat16, torch.contiguous_format)]
+)
 def test_shapes_that_are_looked_up_are_those_that_torch_derives(dtype, memory_format, monkeypatch):
     model = Activations().to(dtype).to(memory_format=memory_format)
     example = torch.randn(2, 3, 12, 14).to(dtype).contiguous(memory_format=memory_format)

@@ -265,16 +265,57 @@ def networks(draw):
     return model
 
 
-def compare(model, small, x, tolerance=1e-9) -> None:
+def outputs(network, x) -> list[torch.Tensor]:
     with torch.no_grad():
-        expected, actual = model(x.clone()), small(x.clone())
-    flat = [expected["last"], expected["pooled"], *expected["more"]]
-    for a, b in zip(flat, [actual["last"], actual["pooled"], *actual["more"]], strict=True):
+        found = network(x.clone())
+    return [found["last"], found["pooled"], *found["more"]]
+
+
+def compare(model, small, x, tolerance=1e-9) -> None:
+    """Equal to the tolerance; where a right result can differ by more, to what rounding does to the model itself."""
+    expected = outputs(model, x)
+    for index, (a, b) in enumerate(zip(expected, outputs(small, x), strict=True)):
         assert a.shape == b.shape
-        assert (a - b).abs().max() <= tolerance * max(a.abs().max(), 1.0)
+        if not a.isfinite().all():  # products of products
+            continue
+        apart = (a - b).abs().max()
+        if not apart <= tolerance * max(a.abs().max(), 1.0):
+            nearby = outputs(in_other_last_bits(model), x * (1 + torch.finfo(x.dtype).eps * torch.randn_like(x)))
+            assert apart <= ROUNDINGS * (nearby[index] - a).abs().max()
 
 
-SETTINGS = settings(max_examples=25, suppress_health_check=list(HealthCheck))  # the rest: tests/conftest.py
+#: How many times farther than by one change of all last bits: sums in another order round anew at each layer.
+ROUNDINGS = 30
+
+
+def in_other_last_bits(model):
+    """The model with all parameters and statistics changed by about one rounding; what is zero stays zero."""
+    twin = copy.deepcopy(model)
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.mul_(1 + torch.finfo(tensor.dtype).eps * torch.randn_like(tensor))
+    return twin
+
+
+def test_a_wrong_result_is_not_taken_for_rounding():
+    """One filter a ten thousandth off in float64, in a well-conditioned network and behind one that cancels."""
+    cancels = RandomNetwork(
+        [("layer", [0], "layer0"), ("layer", [0], "layer1"), ("sub", [1, 2], None)],
+        {"layer0": nn.Conv2d(3, 4, 1), "layer1": nn.Conv2d(3, 4, 1)}, 1,
+    ).double()  # fmt: skip
+    for scale in (1.0, 1e7):
+        with torch.no_grad():
+            cancels.layer0.weight.mul_(scale)
+            cancels.layer1.weight.copy_(cancels.layer0.weight + 1)
+        off = copy.deepcopy(cancels)
+        off.layer1.weight.data[2] += 1e-4
+        x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+        compare(cancels, in_other_last_bits(cancels), x)
+        with pytest.raises(AssertionError):
+            compare(cancels, off, x)
+
+
+SETTINGS = settings(max_examples=16, suppress_health_check=list(HealthCheck))  # the rest: tests/conftest.py
 
 
 def any_size(small):
@@ -291,7 +332,7 @@ def test_compact_equals_masked_on_random_graphs(model):
         compare(model, small, torch.randn(1, 3, 9, 8, dtype=torch.float64))
 
 
-@settings(SETTINGS, max_examples=12)
+@settings(SETTINGS, max_examples=8)
 @given(networks())
 def test_serving_form_equals_masked_on_random_graphs(model):
     """Filters filled up, BatchNorm folded, memory reused; in float32 the packed convs and the fused join run too."""

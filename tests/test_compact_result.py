@@ -154,10 +154,9 @@ def test_idempotent(name):
         assert again.report.flops_after == small.report.flops_after
 
 
-@pytest.mark.parametrize("mask_bn", [True, False])
-def test_copied_saved_compiled_exported_masked_again(mask_bn, tmp_path):
+def test_copied_saved_compiled_exported_masked_again(tmp_path):
     torch.manual_seed(0)
-    model = masked(NETWORKS["resnet"](), mask_bn=mask_bn).double()
+    model = masked(NETWORKS["resnet"](), mask_bn=False).double()  # border maps too
     small, x = mfp.compact(model, torch.randn(1, 3, 64, 64).double()), torch.randn(3, 3, 64, 48).double()
     expected = model(x).detach()
     copied = copy.deepcopy(small)
@@ -179,8 +178,9 @@ def test_copied_saved_compiled_exported_masked_again(mask_bn, tmp_path):
     assert smaller.report.flops_after < 0.75 * smaller.report.flops_before
 
 
-@pytest.mark.parametrize("mask_bn", [True, False])
-@pytest.mark.parametrize("name", ["resnet", "mobilenet_v3", "densenet", "convnext"])
+@pytest.mark.parametrize(
+    ("name", "mask_bn"), [("resnet", True), *((name, False) for name in ("mobilenet_v3", "densenet", "convnext"))]
+)
 def test_compact_network_trains_and_every_parameter_moves(name, mask_bn):
     torch.manual_seed(0)
     model = masked(NETWORKS[name](), mask_bn=mask_bn)

@@ -136,11 +136,10 @@ class Gated(nn.Module):
         return self.mix(F.hardswish(x)).flatten(1)
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("mask_bn", [True, False])
-def test_widened_networks_compute_the_same(seed, mask_bn):
-    torch.manual_seed(seed)
-    model = masked(Gated(), 0.4, mask_bn, seed, skip=(), layer_rates={"mix": 0.0}).double()
+def test_widened_networks_compute_the_same(mask_bn):
+    torch.manual_seed(0)
+    model = masked(Gated(), 0.4, mask_bn, skip=(), layer_rates={"mix": 0.0}).double()
     for layer in (model.branch[2], model.last, model.wide):
         killed(layer, *torch.randperm(16)[:6].tolist())
     small = mfp.compact(model, torch.zeros(1, 3, 12, 12).double())

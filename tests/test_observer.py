@@ -140,6 +140,20 @@ def test_named_arguments_and_the_modes_come_back():
     assert (model.training, model.conv.training, model.drop.training) == (True, False, True)
 
 
+class AsksForAShape(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = dead(nn.Conv2d(4, 4, 1, groups=2), 0, 1)
+
+    def forward(self, x):
+        assert nn.functional.conv2d(x.to("meta"), self.conv.weight.to("meta"), groups=2).shape == x.shape
+        return self.conv(x)
+
+
+def test_what_computes_a_shape_alone_costs_nothing():
+    assert counts(AsksForAShape()) == (36 * 8, 36 * 4)
+
+
 def test_what_cannot_be_counted_is_an_error():
     lstm = nn.LSTM(4, 4)
     with pytest.raises(NotImplementedError, match="does not know how to count"):

@@ -96,9 +96,9 @@ def test_followers_are_biases_batchnorms_and_depthwise_convs():
 
 
 def test_linear_layers_that_are_pointwise_convs_are_planned():
-    names = [layer.name for layer in mfp.FilterPlan.from_model(torchvision.models.convnext_tiny()).layers]
+    names = [layer.name for layer in mfp.FilterPlan.from_model(NETWORKS["convnext"]()).layers]
     assert "features.1.0.block.3" in names and "features.1.0.block.5" in names and "classifier.2" not in names
-    assert not any("classifier" in layer.name for layer in mfp.FilterPlan.from_model(torchvision.models.vgg11()).layers)
+    assert not any("classifier" in layer.name for layer in mfp.FilterPlan.from_model(NETWORKS["vgg_bn"]()).layers)
 
 
 def test_shared_weights_are_planned_once():

@@ -11,7 +11,7 @@ from test_attributes import data
 from torch import nn
 
 import mfp
-from mfp.pruner import _closest
+from mfp.choice import closest
 
 CLASSES = 7
 
@@ -35,6 +35,14 @@ def train(model, mask_gradients=lambda: None, steps=2, seed=3, optimizer=None):
         model(inputs).square().mean().backward()
         mask_gradients()
         optimizer.step()
+
+
+def greedy(model):
+    """An attribute that disturbs what it can: random numbers, BatchNorm statistics, gradients."""
+    model.train()
+    with torch.enable_grad():
+        model(torch.randn(4, 3, 6, 6)).sum().backward()
+    return float(model[4].weight.detach().abs().sum())
 
 
 def state_of(model):
@@ -72,6 +80,36 @@ def test_the_chosen_neighbour_is_the_closest(attribute, recalibrate):
     assert decision.attribute_after == decision.neighbours[decision.criterion]
 
 
+@pytest.mark.parametrize("attribute", ["loss", "weight_energy", greedy])
+def test_hindsight_is_each_criterion_alone_and_leaves_no_trace(attribute):
+    batches = data()
+    model, other = network(), network()
+    train(model)
+    other.load_state_dict(model.state_dict())
+    start = state_of(model)
+    asked = {"attribute": attribute, "calibration": batches}
+
+    def error(model):
+        assert not model.training
+        return mfp.attributes.measure(model, batches)["top1_error"] + mfp.attributes.measure(model, batches)["loss"]
+
+    torch.manual_seed(11)
+    decision = mfp.FilterPruner(model, 0.4, **asked).step(0, hindsight=error)
+    after = trace_of(model)
+    torch.manual_seed(11)
+    plain = mfp.FilterPruner(other, 0.4, **asked).step(0)
+    assert equal(state_of(model), state_of(other)) and torch.equal(after[2], torch.get_rng_state())
+    assert decision.criterion == plain.criterion == decision.neighbour and plain.hindsight == {}
+    values = {}
+    for criterion in mfp.PAPER_CRITERIA:
+        alone = network()
+        alone.load_state_dict(start)
+        recalibrate = attribute != "weight_energy"
+        mfp.FilterPruner(alone, 0.4, criteria=(criterion,), calibration=batches, recalibrate=recalibrate).step(0)
+        values[criterion] = error(alone.eval())
+    assert decision.hindsight == pytest.approx(values, rel=1e-6) and len(set(values.values())) > 2
+
+
 def test_statistics_are_re_estimated_where_the_attribute_looks_at_data():
     batches = data()
     for attribute, calibration, expected in (
@@ -91,14 +129,6 @@ def same_trace(a, b):
         (x is None) == (y is None) and (x is None or torch.equal(x, y)) for x, y in zip(a[0], b[0], strict=True)
     )
     return gradients and a[1] == b[1] and torch.equal(a[2], b[2])
-
-
-def greedy(model):
-    """An attribute that disturbs what it can: random numbers, BatchNorm statistics, gradients."""
-    model.train()
-    with torch.enable_grad():
-        model(torch.randn(4, 3, 6, 6)).sum().backward()
-    return float(model[4].weight.detach().abs().sum())
 
 
 @pytest.mark.parametrize("mask_bn", [True, False])
@@ -163,9 +193,9 @@ def test_one_candidate_is_not_tried():
 
 
 def test_ties_go_to_the_first_candidate_and_nan_never_wins():
-    assert _closest(1.0, {"a": 1.5, "b": 0.5, "c": 1.5}) == "a"
-    assert _closest(1.0, {"a": math.nan, "b": 7.0}) == "b"
-    assert _closest(math.nan, {"a": 1.0, "b": 2.0}) == "a"
+    assert closest(1.0, {"a": 1.5, "b": 0.5, "c": 1.5}) == "a"
+    assert closest(1.0, {"a": math.nan, "b": 7.0}) == "b"
+    assert closest(math.nan, {"a": 1.0, "b": 2.0}) == "a"
     decision = mfp.FilterPruner(network(), criteria=("l1_distance", "l2_norm"), attribute=lambda model: 3.0).step(0)
     assert decision.criterion == "l1_distance" and decision.neighbours == {"l1_distance": 3.0, "l2_norm": 3.0}
 
@@ -351,6 +381,9 @@ def test_state_of_another_network_or_version_is_refused():
             "per_layer=True needs an attribute without data",
         ),
         ({"recalibrate": True}, "recalibrate=True needs calibration batches"),
+        ({"allocate": "time", "calibration": [1]}, "allocate must be 'flops' or 'parameters', not 'time'"),
+        ({"allocate": "flops"}, r"give calibration=\[\(inputs, targets\), ...\]"),
+        ({"allocate": "flops", "calibration": [1], "per_layer": True}, "leave out per_layer"),
     ],
 )
 def test_bad_arguments(arguments, message):

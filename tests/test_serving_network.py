@@ -173,9 +173,8 @@ def test_what_must_not_be_replayed_is_not():
     assert len(calls) == 4
     hook.remove()
     expected = check(serving, images())
-    with torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16):
-            assert serving(images()).dtype == torch.bfloat16
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert serving(images()).dtype == torch.bfloat16
     assert serving(images()).requires_grad
     assert difference(expected, serving(images()).detach()) < 1e-5
 

@@ -1,14 +1,19 @@
 """What a plan asks the graph: followers, outputs, pointwise linears, what meets in a sum."""
 
+import copy
+import functools
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from small_networks import NETWORKS
 from torch import nn
 
 import mfp
+from mfp.build import build_of
+from mfp.capture import capture
 from mfp.errors import CaptureError
 from mfp.structure import structure_of
 
@@ -111,13 +116,13 @@ def test_a_norm_of_ones_own_and_a_conv_that_computes_its_weight_are_found():
 def test_outputs_pointwise_linears_and_sums():
     structure = structure_of(torchvision.models.squeezenet1_1())
     assert structure.outputs == {"classifier.1"}
-    structure = structure_of(torchvision.models.convnext_tiny())
+    structure = structure_of(NETWORKS["convnext"]())
     assert {"features.1.0.block.3", "features.1.0.block.5"} < structure.pointwise
     assert "classifier.2" not in structure.pointwise
-    structure = structure_of(torchvision.models.resnet18())
+    structure = structure_of(NETWORKS["resnet"]())
     groups = structure.groups
     assert groups["conv1"] == groups["layer1.0.conv2"] == groups["layer1.1.conv2"] != groups["layer1.0.conv1"]
-    assert groups["layer2.0.downsample.0"] == groups["layer2.0.conv2"] == groups["layer2.1.conv2"]
+    assert groups["layer2.0.downsample.0"] == groups["layer2.0.conv2"] != groups["conv1"]
 
 
 def test_an_example_is_needed_where_no_image_fits():
@@ -144,3 +149,45 @@ def test_what_cannot_be_captured_gives_nothing_and_one_warning():
     assert [follower.module for follower in plan["conv"].followers] == ["conv"]  # its bias
     assert len(caught) == 1 and "removes less" in str(caught[0].message)
     assert "if x.sum() > 0:" in str(caught[0].message)
+
+
+class Chosen(nn.Module):
+    """What forward does is decided by a plain attribute."""
+
+    def __init__(self, follows: object) -> None:
+        super().__init__()
+        self.conv, self.norm, self.other, self.follows = (
+            nn.Conv2d(3, 4, 1),
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, 4, 1),
+            follows,
+        )
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.other(self.norm(x) if self.follows is True or self.follows == [1] else x.softmax(1))
+
+
+def test_models_of_one_build_are_captured_once(monkeypatch):
+    captured = []
+    monkeypatch.setattr(
+        "mfp.structure.capture", lambda *args, **options: captured.append(1) or capture(*args, **options)
+    )
+    first = Chosen(True)
+    assert find_followers(first) == find_followers(Chosen(True)) == find_followers(copy.deepcopy(first))
+    assert find_followers(first)["conv"] == ["norm"] and len(captured) == 1
+    for number, (other, followers) in enumerate((
+        (Chosen(False), {}), (Chosen([1]), {"conv": ["norm"]}), (Chosen([2]), {}), (Chosen(1), {}),
+        (Chosen(True).double(), {"conv": ["norm"]}),
+    )):  # fmt: skip
+        assert find_followers(other) == followers and len(captured) == number + 2, number
+
+
+def test_what_cannot_be_compared_is_captured_each_time():
+    hooked, shared, wide = Chosen(True), Chosen(True), Chosen(True)
+    hooked.register_forward_hook(functools.partial(lambda *_: None))
+    assert build_of(hooked) is None and build_of(Chosen(object())) is None
+    shared.other = shared.conv = nn.Conv2d(4, 4, 1)
+    wide.conv = nn.Conv2d(4, 4, 1)
+    assert build_of(shared) != build_of(wide) == build_of(copy.deepcopy(wide))
+    assert build_of(wide, torch.zeros(1, 4, 2, 2)) != build_of(wide, torch.zeros(1, 4, 3, 3))

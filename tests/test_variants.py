@@ -160,3 +160,27 @@ def test_one_value_per_channel_has_no_variance():
     with pytest.raises(mfp.MfpError, match="'1' sees one value per channel.*more than one calibration image"):
         Variants(model, one).run([None], one)
     assert Variants(model, two).run([None], two)[0].statistics["1"][1].min() > 0
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_too_few_images_are_found_before_anything_is_trained(monkeypatch, captured):
+    if not captured:
+        monkeypatch.setattr("mfp.neighbours.Variants", refuse)
+    model = nn.Sequential(nn.Conv2d(3, 4, 6), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 7))
+    before = copy.deepcopy(model.state_dict())
+    for criteria in (("l2_norm",), mfp.PAPER_CRITERIA):
+        with pytest.raises(mfp.MfpError, match="sees one value per channel.*more than one calibration image"):
+            mfp.FilterPruner(model, criteria=criteria, attribute="loss", calibration=data(1, 1))
+    with pytest.raises(mfp.MfpError, match="sees one value per channel"):
+        mfp.recalibrate_batchnorm(model, data(1, 1))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()) and model.training
+    mfp.FilterPruner(model, attribute="loss", calibration=data(1, 1), recalibrate=False).step(0)
+    places = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7)
+    )
+    decision = mfp.FilterPruner(places, attribute="loss", calibration=data(1, 1)).step(0)
+    assert decision.attribute_after > 0  # one image has many values where BatchNorm sees many places
+
+
+def refuse(*arguments):
+    raise CaptureError("no graph")

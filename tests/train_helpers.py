@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from torch import nn
 from torch.utils.data import Subset
 
 import mfp
-from mfp.structure import _KNOWN, structure_of
 from mfp.train.config import RunConfig
 from mfp.train.data import ImageData, SeededDataset, load_data
 from mfp.train.distributed import World
@@ -79,14 +77,6 @@ def tiny_config(**settings) -> RunConfig:
     )
 
 
-@functools.cache
-def tiny_structure() -> tuple:
-    """TinyNet's graph, captured once a process; forked ranks inherit it and need no capture of their own."""
-    model = TinyNet()
-    structure_of(model, torch.zeros(2, 3, 32, 32))
-    return _KNOWN[model]
-
-
 def tiny_trainer(
     directory: Path, config: RunConfig, data: ImageData, *, prune: bool = True, world: World | None = None
 ) -> Trainer:
@@ -94,13 +84,13 @@ def tiny_trainer(
     world = world or World()
     torch.manual_seed(7)
     model = TinyNet().to(world.device)
-    _KNOWN[model] = tiny_structure()
     pruner = None
     if prune:
         pruner = mfp.FilterPruner(
             model, config.rate, criteria=config.criteria, attribute=config.attribute, mode=config.mode,
             calibration=calibration_batches(config, data, world), interval=config.interval,
             epochs=config.choosing_epochs, mask_bn=config.mask_bn, recalibrate=config.recalibrate,
+            allocate=config.allocates,
         )  # fmt: skip
     return Trainer(config, data, model, directory, pruner, world, Reporter(quiet=True))
 

@@ -5,6 +5,7 @@ process of its own with TRITON_INTERPRET=1.
 """
 
 import pytest
+import test_versions
 import torch
 from test_cuda_logic import ALL, DTYPES, PAPER, POWERS, asked, assert_close, awkward, step_case
 
@@ -177,3 +178,8 @@ def test_scatter_add(shape, relu, dtype, layout):
         actual = residual.clone(memory_format=torch.preserve_format)
         kernels.scatter_add_(actual, branch, index, relu)
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", test_versions.CASES)
+def test_autograd_notices(name):
+    test_versions.assert_noticed(kernels, name)

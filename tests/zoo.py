@@ -19,6 +19,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -249,6 +250,18 @@ def too_long(*_: Any) -> None:
     raise TooLong(f"not done after {LONGEST} s")
 
 
+def end_with_parent() -> None:
+    """In a worker: whoever kills `make zoo`, by whatever signal, ends its processes too."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def measure_all(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
     """Results as they come. A process that dies (of memory) takes no other network's result with it."""
     if jobs == 1:
@@ -256,14 +269,14 @@ def measure_all(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
         return
     left = list(names)
     for start in range(0, len(names), 16 * jobs):  # processes anew now and then, for the memory that they keep
-        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(jobs, get_context("spawn"), end_with_parent) as pool:
             futures = {pool.submit(measure_named, name): name for name in names[start : start + 16 * jobs]}
             for future in as_completed(futures):
                 if not isinstance(future.exception(), BrokenExecutor):
                     left.remove(futures[future])
                     yield future.result()
     for name in left:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as pool:
             try:
                 yield pool.submit(measure_named, name).result()
             except BrokenExecutor:

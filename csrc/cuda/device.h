@@ -62,14 +62,27 @@ __device__ inline void wait_for(const int32_t* counter, int32_t target) {
 }
 
 // True in all threads of the block whose arrival is number `target`; that block sees what the others wrote before.
+//
+// The fences are those of the thread that has the atomic, and stand between it and the barriers, as in the grid barrier
+// of cooperative groups: fences are cumulative, so they order the writes and reads of all of the block's threads.
 __device__ inline bool arrive(int32_t* counter, int32_t target, int32_t* broadcast) {
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) *broadcast = atomicAdd(counter, 1) == target - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *broadcast = atomicAdd(counter, 1) == target - 1;
+    __threadfence();
+  }
   __syncthreads();
-  const bool last = *broadcast != 0;
-  if (last) __threadfence();
-  return last;
+  return *broadcast != 0;
+}
+
+// Raises a flag that wait_for(flag, 1) waits for; who has waited sees what this block wrote before.
+__device__ inline void raise(int32_t* flag) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicExch(flag, 1);
+  }
 }
 
 // 16 or 4 bytes from global to shared memory without passing through registers; zeros if not `valid`.

@@ -121,9 +121,7 @@ __device__ inline void open_zeroing(const ScoreArguments& arguments, BlockMemory
     if (*static_cast<const volatile int32_t*>(arguments.counters + kNotFinite) != 0) {
       for (int64_t filter = threadIdx.x; filter < arguments.filters; filter += kThreads) arguments.keep[filter] = true;
     }
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) atomicExch(arguments.counters + kMaskReady, 1);
+    raise(arguments.counters + kMaskReady);
   }
 }
 
@@ -132,7 +130,6 @@ __device__ inline void finish_layer(const ScoreArguments& arguments, const Score
     if (arguments.requests[index].channel >= 0) add_partial_sums(arguments, layer, index);
   }
   if (arguments.chosen < 0) return;
-  __threadfence();
   __syncthreads();
   if (has_bad_score(arguments, layer) && threadIdx.x == 0) atomicExch(arguments.counters + kNotFinite, 1);
   select_lowest(arguments, layer, memory);

@@ -33,6 +33,7 @@ int64_t plan_mask(std::vector<MaskedRows>& tensors) {
 cudaError_t launch_mask(const MaskedRows* tensors, int32_t count, int64_t items, const bool* keep,
                         cudaStream_t stream) {
   if (items == 0) return cudaSuccess;
+  if (!fits_grid(items)) return cudaErrorInvalidConfiguration;
   MFP_LAUNCH(mask_kernel, static_cast<unsigned>(items), kMaskThreads, 0, stream, tensors, count, keep);
   return cudaGetLastError();
 }

@@ -162,6 +162,7 @@ template <class Step>
 cudaError_t launch_step(const Parameter* parameters, int32_t count, int64_t items, const bool* keep, const Step& step,
                         cudaStream_t stream) {
   if (items == 0) return cudaSuccess;
+  if (!fits_grid(items)) return cudaErrorInvalidConfiguration;
   MFP_LAUNCH(step_kernel<Step>, static_cast<unsigned>(items), kStepThreads, 0, stream, parameters, count, keep, step);
   return cudaGetLastError();
 }

@@ -40,11 +40,9 @@ class ParameterTable {
       entries.push_back(entry);
     }
   }
-  // Autograd notices by the version that a tensor was changed in place.
   void finish() {
     for (auto& [tensor, memory] : written_) {
       if (!memory.is_same(tensor)) tensor.copy_(memory);
-      if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
     }
   }
   std::vector<Parameter> entries;

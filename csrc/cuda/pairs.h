@@ -29,6 +29,7 @@ struct BlockMemory {
   ScoredLayer layer;                                          // here and not in registers, which the sums need
   int32_t item, flag;
 };
+static_assert(sizeof(BlockMemory) <= 48 * 1024, "more than a kernel gets without asking for it");
 
 struct Tile {
   int32_t i, j;       // of the row and of the column block, i >= j

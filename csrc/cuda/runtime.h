@@ -16,3 +16,10 @@
 #endif
 
 #include "dtype.h"
+
+namespace mfp::cuda {
+
+// Whether a grid can have so many blocks; a launch would take the number modulo 2^32.
+inline bool fits_grid(int64_t blocks) { return blocks <= INT32_MAX; }
+
+}  // namespace mfp::cuda

@@ -81,10 +81,12 @@ cudaError_t launch(const ScatterAdd& s, cudaStream_t stream) {
   if (channels == 0 || s.outer == 0 || s.inner == 0) return cudaSuccess;
   if (s.inner > 1) {
     const int64_t blocks = s.outer * channels * ((s.inner + kPlaneChunk - 1) / kPlaneChunk);
+    if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
     MFP_LAUNCH(planes_kernel<Number>, static_cast<unsigned>(blocks), kScatterThreads, 0, stream, s);
   } else {
     const int64_t width = channels < kScatterThreads ? channels : kScatterThreads;
     const int64_t blocks = (channels + width - 1) / width * ((s.outer + kPixels - 1) / kPixels);
+    if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
     MFP_LAUNCH(pixels_kernel<Number>, static_cast<unsigned>(blocks), kScatterThreads, 0, stream, s);
   }
   return cudaGetLastError();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,12 +24,12 @@ MULTIPLES = (16, 8, 1)
 LARGEST_DIFFERENCE = 1e-4  # of the largest output; a network that computes something else is not timed
 
 
-def measure(archs: Sequence[str], rate: float, batch: int, console: Console) -> dict[str, Any]:
+def measure(archs: Sequence[str], rate: float, batches: Sequence[int], console: Console) -> dict[str, Any]:
     """Times dense and compact networks in serving form, in one run, after comparing their outputs."""
     rows = []
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("compact networks", total=len(archs))
-        for arch in archs:
+        task = progress.add_task("compact networks", total=len(archs) * len(batches))
+        for arch, batch in itertools.product(archs, batches):
             rows += _measure_network(arch, rate, batch)
             progress.advance(task)
     return {"machine": machine(), "rate": rate, "rows": rows}
@@ -53,18 +54,18 @@ def _measure_network(arch: str, rate: float, batch: int) -> list[dict[str, Any]]
     with torch.inference_mode():
         times = milliseconds_per_image(networks, images, seconds=max(1.5, math.sqrt(batch)))
     rows = []
-    for multiple in map(str, MULTIPLES):
-        time_saved = 1 - times[multiple] / times["dense"]
+    for name in map(str, MULTIPLES):
+        time_saved = 1 - times[name] / times["dense"]
         rows.append(
             {
                 "arch": arch,
                 "batch": batch,
-                "channel_multiple": int(multiple),
+                "channel_multiple": int(name),
                 "dense_ms": batch * times["dense"],
-                "compact_ms": batch * times[multiple],
-                "flops_saved": saved[multiple],
+                "compact_ms": batch * times[name],
+                "flops_saved": saved[name],
                 "time_saved": time_saved,
-                "ratio": time_saved / saved[multiple],
+                "ratio": time_saved / saved[name],
             }
         )
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from mfp.criteria import PAPER_CRITERIA, Kind, criterion
 from mfp.errors import MfpError
 
 FIVE = "all five criteria"
-SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from torch import nn
 
 import mfp
 from mfp.bench.engines import MULTIPLE, SIZE
-from mfp.bench.measure import Limits, machine
+from mfp.bench.measure import Limits
+from mfp.bench.results import machine
 from mfp.capture import exported_program
 from mfp.errors import MfpError
 from mfp.export import FORMATS, prepare
@@ -49,7 +50,7 @@ def measure(arch: str, rate: float, batches: Sequence[int], console: Console) ->
             for row, milliseconds in zip(convs, theirs, strict=True):
                 row["openvino_ms"] = milliseconds
         rows += [{"arch": arch, "batch": batch, **row} for row in ours]
-    return {"machine": machine(), "rate": rate, "gmacs_at_most": limits.fmas / 1e9, "rows": rows}
+    return {"rate": rate, "gmacs_at_most": limits.fmas / 1e9, "rows": rows}
 
 
 @torch.no_grad()
@@ -130,9 +131,8 @@ def print_table(report: dict[str, Any], console: Console) -> None:
         gmacs = macs / total
         table.add_row("all", f"{total:.3f}", f"{gmacs:.0f}", f"{gmacs / report['gmacs_at_most']:.0%}", theirs)
         console.print(table)
-    about = ", ".join(str(value) for value in report["machine"].values())
     console.print(
-        f"{about}. Medians of {CALLS} calls; the peak: {report['gmacs_at_most']:.0f} GMAC/s of multiply-adds in "
+        f"{machine()}. Medians of {CALLS} calls; the peak: {report['gmacs_at_most']:.0f} GMAC/s of multiply-adds in "
         "registers, measured now. By Winograd's algorithm a layer can exceed it. OpenVINO's time is that of the "
         "exported layer, whose joins are plain additions."
     )

@@ -59,22 +59,19 @@ def measure(arch: str, rate: float, batch: int, console: Console) -> dict[str, A
     epochs = {
         name: STEPS_PER_EPOCH * (times["passes"] * EPOCH_BATCH / batch + times[name]) for name in ("plain", "masked")
     }
-    return {
-        "machine": about,
-        "arch": arch,
-        "rate": rate,
-        "batch": batch,
-        "seconds": times,
-        "epoch_seconds": {"plain": epochs["plain"], "soft": epochs["plain"] + times["pruning"],
-                          "hard": epochs["masked"] + times["pruning"]},
-        "added": {"soft": times["pruning"] / epochs["plain"],
-                  "hard": (epochs["masked"] + times["pruning"]) / epochs["plain"] - 1},
-    }  # fmt: skip
+    parts = times | {
+        "epoch, plain": epochs["plain"],
+        "epoch, soft": epochs["plain"] + times["pruning"],
+        "epoch, hard": epochs["masked"] + times["pruning"],
+    }
+    rows = [{"part": part, "seconds": took} for part, took in parts.items()]
+    return {"machine": about, "arch": arch, "rate": rate, "batch": batch, "rows": rows}
 
 
 def print_table(report: dict[str, Any], console: Console) -> None:
     """Print what :func:`measure` found."""
-    about, seconds, batch = report["machine"], report["seconds"], report["batch"]
+    about, batch = report["machine"], report["batch"]
+    seconds = {row["part"]: row["seconds"] for row in report["rows"]}
     table = Table(title=f"{report['arch']}, rate {report['rate']:g}: what pruning adds to an epoch")
     table.add_column("part")
     table.add_column("seconds", justify="right")
@@ -83,9 +80,10 @@ def print_table(report: dict[str, Any], console: Console) -> None:
     table.add_row("optimiser step, masked (mfp.optim.MaskedSGD)", f"{seconds['masked']:.4f}")
     table.add_row("pruning point: five criteria, choice, zeroing", f"{seconds['pruning']:.4f}")
     table.add_section()
-    for mode, share in report["added"].items():
+    for mode in ("soft", "hard"):
+        epoch = seconds[f"epoch, {mode}"]
         table.add_row(f"epoch of {STEPS_PER_EPOCH:,} steps of {EPOCH_BATCH} images, {mode} pruning once",
-                      f"{report['epoch_seconds'][mode]:.0f} ({share:+.4%})")  # fmt: skip
+                      f"{epoch:.0f} ({epoch / seconds['epoch, plain'] - 1:+.4%})")  # fmt: skip
     console.print(table)
     console.print(
         f"{about['processor']}, {about['threads']} threads, torch {about['torch']}, {about['date']}; forward and "

@@ -68,7 +68,7 @@ def _write_inputs(graph: fx.Graph, first: fx.Node | None, program: Any, leaves: 
     constants = [name for name, found in of_argument.items() if not any(isinstance(n, fx.Node) for _, n in found)]
     before = first if first is not None else next(iter(graph.nodes))
     only_constants = False
-    nodes = {}
+    nodes: dict[str, fx.Node] = {}
     for name in reversed(list(arguments)):  # a default may stand behind the last tensor only
         only_constants = (only_constants or not nodes) and name in constants
         with graph.inserting_before(before):

@@ -68,13 +68,24 @@ def _with_compact_part(model: nn.Module, example_input: Any, fold_bn: bool, name
     return whole
 
 
-def _compact(model: nn.Module, arguments: dict[str, Any], fold_bn: bool) -> fx.GraphModule:
+def compact_captured(
+    model: nn.Module, arguments: dict[str, Any], captured: Captured, fold_bn: bool = False
+) -> fx.GraphModule:
+    """:func:`compact` for those that compact one model many times, with other values in the same parameters."""
+    with plain_tensors():
+        return _compact(model, arguments, fold_bn, captured)
+
+
+def _compact(
+    model: nn.Module, arguments: dict[str, Any], fold_bn: bool, captured: Captured | None = None
+) -> fx.GraphModule:
     modes, multiple = modes_of(model), serving_multiple(model) if fold_bn else 1
 
     def served(like: nn.Module, arguments: dict[str, Any]) -> fx.GraphModule:
         return prepare_for_serving(_written(like, arguments, multiple)[-1], arguments)
 
-    captured, net, out, plain = _written(model, arguments, multiple)
+    captured = captured or capture(model, arguments)
+    net, out, plain = _written(model, arguments, multiple, captured)
     difference = check(
         plain, model, arguments, lambda: locate(net, out, plain, arguments), lambda *like: _written(*like, multiple)[-1]
     )
@@ -92,13 +103,12 @@ def _compact(model: nn.Module, arguments: dict[str, Any], fold_bn: bool) -> fx.G
 
 
 def _written(
-    model: nn.Module, arguments: dict[str, Any], multiple: int
-) -> tuple[Captured, Network, Writer, fx.GraphModule]:
-    captured = capture(model, arguments)
+    model: nn.Module, arguments: dict[str, Any], multiple: int, captured: Captured | None = None
+) -> tuple[Network, Writer, fx.GraphModule]:
     with torch.no_grad():
-        net = analyse(captured)
+        net = analyse(captured or capture(model, arguments))
         out = write(net, multiple)
-    return captured, net, out, finish(out, type(model).__name__, modes_of(model))
+    return net, out, finish(out, type(model).__name__, modes_of(model))
 
 
 def plain_compact(model: nn.Module, arguments: dict[str, Any]) -> fx.GraphModule:

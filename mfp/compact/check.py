@@ -104,7 +104,8 @@ class _Values(fx.Interpreter):
 
     def __init__(self, module: nn.Module, graph: fx.Graph, tensors: dict[str, Tensor] | None = None) -> None:
         super().__init__(module, graph=graph)
-        self.tensors, self.values = tensors, {}
+        self.tensors = tensors
+        self.values: dict[Any, Any] = {}
 
     def fetch_attr(self, target: str) -> Any:
         return super().fetch_attr(target) if self.tensors is None else self.tensors[target]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mfp.errors import MfpError
+from mfp.errors import MfpError, did_you_mean
 
 WORKER = Path(__file__).with_name("worker.py")
 ROUNDS = 3
@@ -55,7 +55,7 @@ def installed(engine: str) -> bool:
 def check_engine(engine: str) -> None:
     """Raises MfpError for an engine that is unknown or not installed."""
     if engine not in ENGINES:
-        raise MfpError(f"engine must be one of {', '.join(ENGINES)}, not {engine!r}")
+        raise MfpError(f"engine must be one of {', '.join(ENGINES)}, not {engine!r}{did_you_mean(engine, ENGINES)}")
     if not installed(engine):
         raise MfpError(f"{engine} is not installed; it comes with: pip install '{ENGINES[engine].install}'")
 
@@ -80,7 +80,7 @@ def run_file(
     check_engine(engine)
     with tempfile.TemporaryDirectory() as directory:
         given, made = Path(directory) / "inputs.npz", Path(directory) / "outputs.npz"
-        np.savez(given, **inputs)
+        np.savez(given, **inputs)  # type: ignore[arg-type]  # numpy has a flag of another type
         command = [sys.executable, WORKER, engine, file, given, made, ",".join(map(str, batches)), seconds, device]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment())
         if done.returncode:

@@ -165,8 +165,8 @@ class Grower:
             return self.source(tensors[0], wanted, node)
         if is_pointwise(node):
             fill = wanted.fill if wanted.any else preimage(node, wanted.fill, wanted.new)
-            before = Wanted(wanted.place, wanted.width, fill, wanted.any)
-            return None if fill is None else self.source(tensors[0], before, node)
+            wider = Wanted(wanted.place, wanted.width, fill, wanted.any)
+            return None if fill is None else self.source(tensors[0], wider, node)
         return None
 
     def parameter(self, source: fx.Node, wanted: Wanted, new: float) -> Callable[[], None] | None:

@@ -122,7 +122,7 @@ def milliseconds(run: Runner, inputs: Inputs, seconds: float) -> float:
     run(inputs)
     while time.perf_counter() < end:
         run(inputs)
-    times = []
+    times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
@@ -136,13 +136,14 @@ def main(engine: str, file: str, inputs: str, outputs: str, batches: str, second
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     run = ENGINES[engine](file, threads, device)
     one = dict(np.load(inputs))
-    times, made = {}, {}
+    times: dict[int, float] = {}
+    made: dict[str, np.ndarray] = {}
     for batch in (int(part) for part in batches.split(",")):
         given = {name: np.ascontiguousarray(np.concatenate([value] * batch)) for name, value in one.items()}
         made |= {f"{batch} {number:04}": value.copy() for number, value in enumerate(run(given))}
         if float(seconds):
             times[batch] = milliseconds(run, given, float(seconds))
-    np.savez(outputs, **made)
+    np.savez(outputs, **made)  # type: ignore[arg-type]
     print(json.dumps(times))
 
 

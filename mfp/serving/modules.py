@@ -36,15 +36,15 @@ class FusedJoin(nn.Module):
     def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
         if self.bias is not None:
             residual = residual + per_channel(self.bias, 1, residual.dim())
-        if not fits_op(residual) or (len(residual), residual.shape[2:]) != (len(branch), branch.shape[2:]):
-            return joined(residual, branch, self.index, self.relu)
-        out = residual if self.inplace or self.bias is not None else residual.clone()
-        ops.scatter_add_(out, branch, self.index, self.relu)
+        return joined(residual, branch, self.index, self.relu, self.inplace or self.bias is not None)
+
+
+def joined(residual: Tensor, branch: Tensor, index: Tensor, relu: bool, inplace: bool) -> Tensor:
+    """What a fused join computes, by the op where it applies, else with torch's own operations."""
+    if fits_op(residual) and (len(residual), residual.shape[2:]) == (len(branch), branch.shape[2:]):
+        out = residual if inplace else residual.clone()
+        ops.scatter_add_(out, branch, index, relu)
         return out
-
-
-def joined(residual: Tensor, branch: Tensor, index: Tensor, relu: bool) -> Tensor:
-    """What a fused join computes, with torch's own operations."""
     whole = len(index) == residual.shape[1]  # torch's ONNX export loses an index_add to all channels
     out = residual + branch if whole else residual.index_add(1, index, branch)
     return out.relu() if relu else out
@@ -173,7 +173,7 @@ class ServingJoin2d(ServingConv2d):
     def forward(self, residual: Tensor, x: Tensor) -> Tensor:
         geometry = self.stride, self.padding, self.dilation
         if not self.runs_op(x) or residual.dtype != x.dtype or not self.is_alike(residual, x):
-            return joined(residual, super().forward(x), self.index, self.relu)
+            return joined(residual, super().forward(x), self.index, self.relu, self.inplace)
         winograd = self.is_for_winograd(x)
         weight, bias = self.packed(self.pack, winograd)
         own = self.inplace and residual.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()

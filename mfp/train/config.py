@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mfp.criteria import PAPER_CRITERIA
-from mfp.errors import MfpError
+from mfp.errors import MfpError, did_you_mean
 from mfp.plan import RESIDUAL
 from mfp.train.datasets import KNOWN
 
-ALLOCATIONS = ("uniform", "sensitivity")
+ALLOCATIONS = ("uniform", "sensitivity", "each-point")
 MODES = ("soft", "hard", "asymptotic", "cubic")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -60,8 +60,9 @@ class RunConfig:
     target_milliseconds: str | None = _option(None, "find the rate: time that may remain, as 7 (one image) or 60%")
     engine: str = _option("mfp", "where that time is measured: mfp, onnxruntime, openvino, torch.compile")
     allocate: str = _option(
-        "uniform", "for such a target: uniform (one rate) or sensitivity (of each layer, by how the loss rises)"
-    )
+        "uniform", "uniform: one rate; sensitivity: for a target, each layer's by how the loss rises, found once; "
+        "each-point: such rates anew at each pruning point, tried beside the uniform ones",
+    )  # fmt: skip
     criteria: tuple[str, ...] = _option(PAPER_CRITERIA, "candidate criteria, separated by commas")
     attribute: str = _option("loss", "what the chosen criterion must keep: weight_energy, sparsity, loss, ...")
     mode: str = _option("soft", f"one of {', '.join(MODES)}")
@@ -80,6 +81,10 @@ class RunConfig:
     )
     layer_rates: dict[str, float] = _option({}, "rates of single layers, as conv1=0,fc=0.2")
     calibration_batches: int = _option(2, "batches of training images for attributes that need data, and for taylor")
+
+    hindsight: int = _option(
+        512, "held-out images on which every candidate is evaluated at each pruning point too, without a say; 0: none"
+    )
 
     epochs: int = _option(15, "epochs")
     batch: int = _option(64, "images per optimiser step, over all processes")
@@ -116,11 +121,12 @@ class RunConfig:
             ("mode", MODES), ("schedule", SCHEDULES), ("precision", PRECISIONS), ("residual", RESIDUAL),
             ("allocate", ALLOCATIONS),
         ):  # fmt: skip
-            self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+            value = getattr(self, name)
+            self._check(name, value in choices, f"one of {', '.join(choices)}", did_you_mean(value, choices))
         self._check("validation", 0 <= self.validation < 1, "at least 0 and below 1")
         for name in ("epochs", "batch", "accumulate", "interval", "calibration_batches", "channel_multiple"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("workers", "checkpoint_every", "clip", "warmup_epochs", "weight_decay", "momentum"):
+        for name in ("workers", "hindsight", "checkpoint_every", "clip", "warmup_epochs", "weight_decay", "momentum"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         self._check("lr", self.lr > 0 and math.isfinite(self.lr), "above 0")
         self._check("timeout", self.timeout > 0, "above 0 seconds")
@@ -136,9 +142,9 @@ class RunConfig:
         if self.batch % self.accumulate:
             raise MfpError(f"--batch {self.batch} cannot be cut into --accumulate {self.accumulate} equal parts")
 
-    def _check(self, name: str, good: bool, wanted: str) -> None:
+    def _check(self, name: str, good: bool, wanted: str, hint: str = "") -> None:
         if not good:
-            raise MfpError(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(self, name)}")
+            raise MfpError(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(self, name)}{hint}")
 
     @property
     def targets(self) -> dict[str, str]:
@@ -151,6 +157,11 @@ class RunConfig:
     def by_sensitivity(self) -> bool:
         """Whether the layers get rates of their own, once there is a trained network."""
         return self.allocate == "sensitivity"
+
+    @property
+    def allocates(self) -> str | None:
+        """What rates are exchanged for at each pruning point: FilterPruner's ``allocate``."""
+        return ("parameters" if self.target_parameters else "flops") if self.allocate == "each-point" else None
 
     @property
     def choosing_epochs(self) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from mfp.errors import MfpError
+from mfp.errors import MfpError, did_you_mean
 from mfp.train.order import epoch_order, hold_out
 from mfp.train.user_code import read_own
 
@@ -67,7 +67,8 @@ def read_source(spec: str, download: bool = False) -> Source:
         "folder": lambda folder: _folder("folder", folder),
     }
     if name not in readers:
-        raise MfpError(f"unknown data {spec!r}; known are {KNOWN}, and --dataset package:function")
+        near = did_you_mean(name, ("digits", *readers))
+        raise MfpError(f"unknown data {spec!r}; known are {KNOWN}, and --dataset package:function{near}")
     if not path:
         raise MfpError(f"data {spec!r} needs a folder: {name}:PATH")
     return readers[name](Path(path))

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Subset
 
 import mfp
 from mfp.atomic import WriteError, write_atomically
@@ -32,9 +33,9 @@ from mfp.errors import MfpError
 from mfp.optim import MaskedSGD
 from mfp.train.checkpoints import digest_of, load_newest, save_checkpoint
 from mfp.train.config import RunConfig
-from mfp.train.data import EpochBatches, ImageData, derive_seed, make_loader
+from mfp.train.data import EpochBatches, ImageData, SeededDataset, derive_seed, make_loader
 from mfp.train.distributed import World
-from mfp.train.evaluation import evaluate
+from mfp.train.evaluation import evaluate, regret_of
 from mfp.train.progress import Bar, Reporter
 
 NOTE_SECONDS = 0.5  # how often the loss is fetched from the device, shown, and checked to be a number
@@ -265,7 +266,8 @@ class Trainer:
         holds = self.pruner.mode == "hard" and self.pruner.mask is not None
         if not holds and (self.pruner.mask is None or self.epoch == self.config.choosing_epochs - 1):
             self._write_scores()
-        decision = self.pruner.step(self.epoch)
+        watched = self.config.hindsight and self.data.validation
+        decision = self.pruner.step(self.epoch, self._accuracy if watched else None)
         if decision is None:
             return {}
         self.world.require_equal(
@@ -276,6 +278,14 @@ class Trainer:
         if self.averaged:
             self._mask_average()
         return decision_record(decision)
+
+    def _accuracy(self, model: nn.Module) -> float:
+        """On some of the held-out images, spread evenly over them: a folder's stand class by class."""
+        held = self.data.validation
+        count = min(self.config.hindsight, len(held))
+        some = Subset(held.source, [number * len(held) // count for number in range(count)])
+        few = SeededDataset(some, held.transform, held.seed)
+        return evaluate(model, few, 128, self.config.workers, self.world)["top1"]
 
     def _hold_mask(self, epoch: int) -> None:
         """In `hard` mode and in the last epochs, which `settle` counts, the mask holds from this epoch on."""
@@ -307,13 +317,19 @@ class Trainer:
         watched = "test" if self.data.validation is None else "validation"
         line += f"  {watched} loss {record['loss']:.4f}  accuracy {record['top1']:.2f} %"
         if "criterion" in record:
-            line += f"  pruned by {record['criterion']}  churn {record['churn']:.2f}"
+            line += f"  pruned by {record['criterion']}"
+        line += f"  {record['images_per_second']:.0f} images/s"
+        if not self.reporter.console.is_terminal:  # a log: the rest is in epochs.csv
+            self.reporter.say(line)
+            return
+        if "criterion" in record:
+            line += f"  churn {record['churn']:.2f}"
         shares = [
             f"{key[6:].replace('_', '/')} {100 * value:.0f} %"
             for key, value in record.items()
             if key.startswith("share_")
         ]
-        self.reporter.say(f"{line}  {record['images_per_second']:.0f} images/s ({', '.join(shares)})")
+        self.reporter.say(f"{line}  ({', '.join(shares)})")
 
     def _write_csv(self) -> None:
         """Writes the whole table anew, so that a resumed run never leaves a row twice."""
@@ -474,7 +490,7 @@ def make_plan(config: RunConfig, model: nn.Module) -> mfp.FilterPlan:
 
 def decision_record(decision: mfp.Decision) -> dict[str, Any]:
     """One pruning point as columns of the table of epochs."""
-    criterion = decision.criterion
+    criterion = decision.neighbour
     if isinstance(criterion, dict):  # chosen per layer: name them by how often they won
         counts = sorted(
             ((list(criterion.values()).count(name), name) for name in set(criterion.values())), reverse=True
@@ -483,4 +499,7 @@ def decision_record(decision: mfp.Decision) -> dict[str, Any]:
     record = {"rate_factor": decision.rate_factor, "criterion": criterion, "attribute": decision.attribute}
     record |= {"attribute_before": decision.attribute_before, "attribute_after": decision.attribute_after}
     record |= {"churn": decision.churn, "filters_pruned": decision.num_pruned}
-    return record | {f"neighbour_{name}": value for name, value in decision.neighbours.items()}
+    record |= {f"neighbour_{name}": value for name, value in decision.neighbours.items()}
+    if decision.hindsight:
+        record["regret"], record["ahead_of_mean"] = regret_of(decision.hindsight, decision.neighbour)
+    return record | {f"hindsight_{name}": value for name, value in decision.hindsight.items()}

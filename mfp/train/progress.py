@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -53,5 +55,5 @@ class Bar:
         self.progress.update(self.task, completed=done, total=total)
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
-        fields = {} if note is None else {"note": note}
+        fields: dict[str, Any] = {} if note is None else {"note": note}
         self.progress.update(self.task, advance=steps, **fields)

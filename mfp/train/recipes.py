@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mfp.errors import MfpError
+from mfp.errors import MfpError, did_you_mean
 
 CIFAR10 = {
     "epochs": 200, "batch": 128, "momentum": 0.9, "weight_decay": 5e-4,
@@ -76,5 +76,5 @@ def recipe(name: str) -> Recipe:
         MfpError: unknown; the known ones are listed.
     """
     if name not in RECIPES:
-        raise MfpError(f"unknown recipe {name!r}; known are {', '.join(RECIPES)}")
+        raise MfpError(f"unknown recipe {name!r}; known are {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
     return RECIPES[name]

@@ -170,7 +170,8 @@ def make_pruner(config: RunConfig, model: nn.Module, data: ImageData, world: Wor
         calibration=calibration_batches(config, data, world), mode=config.mode, interval=config.interval,
         epochs=config.choosing_epochs, mask_bn=config.mask_bn, channel_multiple=config.channel_multiple,
         skip=config.skip, layer_rates=config.layer_rates or None, per_layer=config.per_layer,
-        residual=config.residual, recalibrate=config.recalibrate, example_input=data.example().to(world.device),
+        residual=config.residual, recalibrate=config.recalibrate,
+        allocate=config.allocates, example_input=data.example().to(world.device),
     )  # fmt: skip
     if not any(layer.num_pruned for layer in pruner.plan.layers):
         raise MfpError(
@@ -230,6 +231,7 @@ def _finish(
             result[name]["milliseconds"] = times[name]
     result["timing_batch"] = len(batch)
     result["criteria"] = [record["criterion"] for record in pruned.history if "criterion" in record]
+    result["choice"] = _last_choice(pruned.pruner.decisions[-1])
     result["kept"] = {layer.name: [int(mask.layer(layer.name).sum()), layer.num_filters] for layer in mask.plan.layers}
     write_atomically(directory / "result.json", json.dumps(result, indent=2).encode())
     if difference > LARGEST_DIFFERENCE:
@@ -238,3 +240,15 @@ def _finish(
             f"{LARGEST_DIFFERENCE:.0e}): do not use {directory / 'compact.mfp'}, and please report this"
         )
     return result
+
+
+def _last_choice(decision: mfp.Decision) -> dict[str, Any]:
+    """What the last pruning point chose from, and what each candidate alone would have given."""
+    return {
+        "epoch": decision.epoch,
+        "chosen": decision.neighbour,
+        "attribute": decision.attribute,
+        "before": decision.attribute_before,
+        "neighbours": decision.neighbours,
+        "hindsight": decision.hindsight,
+    }

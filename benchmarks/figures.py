@@ -1,0 +1,210 @@
+"""Writes the tables and charts of README and docs from the files of benchmarks/results/: `make figures`.
+
+A table stands in a document between two comments, and is written anew each time:
+
+    <!-- figures: engines -->  ...  <!-- end of figures -->
+
+The name is one of TABLES below, or `rows:NAME`, which shows results/NAME.json as it is. `--check` writes nothing and
+fails where a document or a chart differs from its result files (tests/test_figures.py does the same).
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from mfp.atomic import write_atomically
+from mfp.bench import results
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+NAMES = {
+    "resnet18": "ResNet-18", "resnet34": "ResNet-34", "resnet50": "ResNet-50", "resnet101": "ResNet-101",
+    "mobilenet_v2": "MobileNetV2", "regnet_y_400mf": "RegNetY-400MF", "vgg16_bn": "VGG-16-BN",
+    "densenet121": "DenseNet-121", "efficientnet_b0": "EfficientNet-B0", "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO", "mfp": "mfp's serving form",
+}  # fmt: skip
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(header), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def name(key: str) -> str:
+    return NAMES.get(key, key)
+
+
+def number(value: float) -> str:
+    """Three digits that count: 0.0123, 7.65, 412, 4,145."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def scoring(rows: list[dict]) -> str:
+    lines, ours = [], {}
+    for row in rows:
+        first = ours.setdefault(row["job"], row)
+        milliseconds = number(1e3 * row["seconds"])
+        if row is first:
+            lines.append([f"**{row['job']}**", row["who"], milliseconds, ""])
+        else:
+            lines.append(["", row["who"], milliseconds, f"{row['seconds'] / first['seconds']:.1f}"])
+    return table(["job, all conv layers of ResNet-50", "by", "ms", "time / mfp's"], lines)
+
+
+PARTS = {
+    "passes": "forward and backward, one batch",
+    "plain": "optimiser step, plain",
+    "masked": "optimiser step, masked",
+    "pruning": "pruning point: five criteria, choice, zeroing",
+    "epoch, plain": "epoch of ImageNet, no pruning",
+    "epoch, soft": "epoch, soft pruning once",
+    "epoch, hard": "epoch, hard pruning once",
+}
+
+
+def overhead(rows: list[dict]) -> str:
+    seconds = {row["part"]: row["seconds"] for row in rows}
+
+    def added(part: str) -> str:
+        return f"{seconds[part] / seconds['epoch, plain'] - 1:+.4%}" if part in ("epoch, soft", "epoch, hard") else ""
+
+    return table(
+        ["part", "seconds", "added"], ([PARTS[part], number(took), added(part)] for part, took in seconds.items())
+    )
+
+
+def compact(rows: list[dict]) -> str:
+    header = ("network", "batch", "filters in multiples of", "dense, ms", "compact, ms", "FLOPs saved", "time saved")
+    return table(
+        [*header, "time / FLOPs"],
+        (
+            [name(row["arch"]), str(row["batch"]), str(row["channel_multiple"]), number(row["dense_ms"]),
+             number(row["compact_ms"]), f"{row['flops_saved']:.1%}", f"{row['time_saved']:.1%}", f"{row['ratio']:.2f}"]
+            for row in rows
+        ),
+    )  # fmt: skip
+
+
+def engines(rows: list[dict]) -> str:
+    names = list(dict.fromkeys(row["engine"] for row in rows))
+    cells = {(row["arch"], row["batch"], row["residual"], row["engine"]): row for row in rows}
+    lines = []
+    for arch, batch, form in dict.fromkeys(key[:3] for key in cells):
+        found = [cells[arch, batch, form, engine] for engine in names]
+        kept = dict.fromkeys(f"{row['flops_kept']:.3f}" for row in found)
+        fastest = min(found, key=lambda row: row["compact_ms"])["engine"]
+        lines.append([f"{name(arch)}, {batch}", form, " / ".join(kept), *map(_saved, found), name(fastest)])
+    return table(["network, batch", "residual", "FLOPs kept", *map(name, names), "fastest"], lines)
+
+
+def _saved(row: dict) -> str:
+    ratio = (1 - row["compact_ms"] / row["dense_ms"]) / max(1 - row["flops_kept"], 1e-9)
+    return f"{number(row['dense_ms'])} → {number(row['compact_ms'])} ({ratio:.2f})"
+
+
+def torch_pruning(rows: list[dict]) -> str:
+    makers = list(dict.fromkeys(row["by"] for row in rows))
+    cells = {(row["arch"], row["by"]): row for row in rows}
+
+    def cell(row: dict) -> str:
+        return row["failed"].split(":")[0] if row["failed"] else f"{number(row['ms'])} ms, {row['flops_kept']:.1%}"
+
+    archs = dict.fromkeys(row["arch"] for row in rows)
+    return table(
+        ["network", *makers], ([name(arch), *(cell(cells[arch, maker]) for maker in makers)] for arch in archs)
+    )
+
+
+def demo(rows: list[dict]) -> str:
+    lines = {
+        "test accuracy, %": [f"{row['top1']:.2f}" for row in rows],
+        "FLOPs (multiply-adds)": [f"{row['flops']:,}" for row in rows],
+        "parameters": [f"{row['parameters']:,}" for row in rows],
+        "ms per image": ["-" if row["milliseconds"] is None else f"{row['milliseconds']:.3f}" for row in rows],
+    }
+    return table(["", *(row["network"] for row in rows)], ([title, *cells] for title, cells in lines.items()))
+
+
+def plain_rows(rows: list[dict]) -> str:
+    def cell(value: object) -> str:
+        return "" if value is None else number(value) if isinstance(value, float) else str(value)
+
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return table(keys, ([cell(row.get(key)) for key in keys] for row in rows))
+
+
+#: Name of a table → the result files that it shows, one after the other, and how.
+TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
+    "scoring": ("scoring*.json", scoring),
+    "overhead": ("overhead*.json", overhead),
+    "compact": ("compact*.json", compact),
+    "engines": ("engines*.json", engines),
+    "torch_pruning": ("torch_pruning*.json", torch_pruning),
+    "demo": ("demo.json", demo),
+}
+
+
+def text(key: str) -> str:
+    """What stands between the comments of a table."""
+    pattern, draw = (f"{key.removeprefix('rows:')}.json", plain_rows) if key.startswith("rows:") else TABLES[key]
+    files = sorted(RESULTS.glob(pattern))
+    if not files:
+        raise SystemExit(f"a document shows {key}, and there is no benchmarks/results/{pattern}")
+    return "\n".join(f"\n{draw(found['rows'])}\n{source(found)}\n" for found in map(results.read, files)) + "\n"
+
+
+def source(found: dict) -> str:
+    """The line under a table."""
+    note = f" {found['note'][0].upper()}{found['note'][1:]}." if found.get("note") else ""
+    return f"*{found['machine']}, torch {found['torch']}, {found['date']}: `{found['command']}`.{note}*"
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def written(document: str) -> str:
+    """The document with its tables as the result files have them now."""
+    return BLOCK.sub(lambda found: found[1] + text(found[2]) + found[3], document)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where something is not up to date")
+    parser.add_argument("--demo", metavar="RUN", help="first make results/demo.json of this run of `mfp prune`")
+    options = parser.parse_args()
+    if options.demo:
+        demo_result(Path(options.demo))
+    import charts
+
+    changed = [path for path in documents() if written(path.read_text()) != path.read_text()]
+    drawn = [chart for chart in charts.CHARTS if not charts.up_to_date(chart)]
+    for path in () if options.check else changed:
+        write_atomically(path, written(path.read_text()).encode())
+    for chart in () if options.check else drawn:
+        charts.draw(chart)
+    names = [path.relative_to(ROOT) for path in (*changed, *map(charts.path, drawn))]
+    verb = "differs from its result files; run `make figures`" if options.check else "written"
+    print("\n".join(f"{each}: {verb}" for each in names) or "every table and chart is as the result files have it")
+    sys.exit(bool(options.check and names))
+
+
+def demo_result(run: Path) -> None:
+    import json
+
+    found = json.loads((run / "result.json").read_text())
+    keys = ("top1", "flops", "parameters", "milliseconds")
+    rows = [
+        {"arch": found["config"]["arch"], "data": found["config"]["data"], "network": network}
+        | {key: found[network].get(key) for key in keys}
+        for network in ("dense", "masked", "compact")
+    ]
+    results.write(RESULTS / "demo.json", "mfp prune", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""benchmarks/study.py on a few digits and a tiny network: every kind of run, killed and gone on with, and its page."""
+
+import csv
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mfp
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+FLAGS = (
+    "--data dataset:train_helpers:few_digits --arch train_helpers:TinyNet --seeds 1 --training-seeds 1 --rates 0.5 "
+    "--flops 0.7 --epochs 2 --batch 16 --finetune-images 16 --calibration 32 --validation 0.1"
+)
+OPTIONS = FLAGS.split()
+
+
+@pytest.fixture(scope="module")
+def study():
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module("study")
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def whole(study, tmp_path_factory):
+    """The directory of a study that was never stopped."""
+    directory = tmp_path_factory.mktemp("study")
+    assert study.main([*OPTIONS, "--output", str(directory), "--page", str(directory / "page.md")]) == 0
+    return directory
+
+
+def rows_of(directory):
+    """What must not differ between two studies: all but the seconds, and the columns that a row does not need."""
+    with (directory / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [{name: value for name, value in row.items() if value and name != "seconds"} for row in rows]
+
+
+def results_of(directory):
+    with (directory / "results.csv").open() as file:
+        return importlib.import_module("study_page").Results(list(csv.DictReader(file)))
+
+
+def test_every_run_has_its_rows(study, whole):
+    rows = rows_of(whole)
+    jobs = list(study.planned(study.parse([*OPTIONS, "--output", str(whole)])))
+    methods = {"once": len(study.CRITERIA) + len(study.BASELINES) + 1}  # and the unpruned network
+    expected = sum(
+        methods.get(job.setting, 1) if "FLOPs" not in job.rates or job.setting != "once" else 2 for job in jobs
+    )
+    assert len(rows) == expected and {row["setting"] for row in rows} == {"dense", "once", "finetune", "scratch"}
+    assert all(0 <= float(row["accuracy"]) <= 100 for row in rows)
+    assert {row["accuracy"] for row in rows if row["method"] == "unpruned" and row["setting"] == "once"}
+    shares = {
+        row["rates"]: float(row["flops"]) for row in rows if row["method"] == "l2_distance" and "FLOPs" in row["rates"]
+    }
+    assert len(shares) == 2 and all(0 < share <= 0.7 for share in shares.values())
+
+
+def test_a_study_that_was_killed_goes_on_to_the_same_rows(whole, tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "study.py"), *OPTIONS, "--output", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "results.csv").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    first = rows_of(tmp_path)
+    assert 0 < len(first) < len(rows_of(whole))
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
+    assert rows_of(tmp_path)[: len(first)] == first
+    assert rows_of(tmp_path) == rows_of(whole)
+
+
+def test_other_settings_are_refused(study, whole, capsys):
+    before = (whole / "results.csv").read_bytes()
+    assert study.main([*OPTIONS, "--lr", "0.3", "--output", str(whole)]) == 2
+    assert "lr 0.1 instead of 0.3" in capsys.readouterr().err
+    assert (whole / "results.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(("attribute", "recalibrate"), [("loss", True), ("loss", False), ("weight_energy", None)])
+def test_the_page_tells_what_the_pruner_chooses(study, whole, attribute, recalibrate):
+    made = study.Study(study.parse([*OPTIONS, "--output", str(whole)]), study.Reporter(quiet=True))
+    pruner = mfp.FilterPruner(
+        made.dense(0), 0.5, attribute=attribute, calibration=made.calibration(0), recalibrate=recalibrate
+    )
+    column = attribute if recalibrate is not False else f"{attribute} raw"
+    results = results_of(whole)
+    assert results.choice("0.5", 0, column, mfp.PAPER_CRITERIA) == pruner.step(-1).criterion
+
+
+def test_the_page_is_made_from_the_rows(study, whole, tmp_path):
+    results = results_of(whole)
+    text = (whole / "page.md").read_text()
+    accuracy = results.values("once", "0.5", "taylor")[0]
+    assert f"| `taylor` | **{accuracy:.1f}** |" in text or f"| `taylor` | {accuracy:.1f} |" in text
+    found = results.compared("once", "0.5", "loss", mfp.PAPER_CRITERIA)[0]
+    own = [results.values("once", "0.5", name)[0] for name in mfp.PAPER_CRITERIA]
+    assert found["accuracy"] + found["best"] == max(own) and found["accuracy"] - found["average"] == pytest.approx(
+        sum(own) / 5
+    )
+    plots = {path.name: path.read_bytes() for path in (whole / "page").iterdir()}
+    assert set(plots) == {"once.svg", "finetune.svg", "scratch.svg", "allocation.svg"} and all(
+        name in text for name in plots
+    )
+    arguments = [*OPTIONS, "--output", str(whole), "--page", str(tmp_path / "page.md")]
+    assert study.main(arguments) == 0  # nothing is run again
+    assert {path.name: path.read_bytes() for path in (tmp_path / "page").iterdir()} == plots
+    assert (tmp_path / "page.md").read_text() == text
+    assert study.main(["--output", str(tmp_path / "none"), "--page", str(tmp_path / "other.md")]) == 2
+    assert not (tmp_path / "other.md").exists()
