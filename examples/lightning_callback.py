@@ -11,10 +11,13 @@ from mfp.train.models import CifarResNet
 
 
 class FilterPruning(lightning.Callback):
-    """Prunes `module.model` at the end of every epoch; the arguments are those of mfp.FilterPruner."""
+    """Prunes `module.model` at the end of every epoch until the epoch `hold`, and trains on what is left from there.
 
-    def __init__(self, **arguments) -> None:
-        self.arguments, self.state = arguments, None
+    The other arguments are those of mfp.FilterPruner.
+    """
+
+    def __init__(self, hold: int, **arguments) -> None:
+        self.hold, self.arguments, self.state = hold, arguments, None
 
     def on_fit_start(self, trainer, module) -> None:
         self.pruner = mfp.FilterPruner(module.model, epochs=trainer.max_epochs, **self.arguments)
@@ -25,6 +28,9 @@ class FilterPruning(lightning.Callback):
         decision = self.pruner.step(trainer.current_epoch)
         if decision:
             module.log("churn", decision.churn)
+        if trainer.current_epoch + 1 == self.hold:
+            self.pruner.hold_()
+            self.pruner.shrink_(trainer.optimizers[0], within=module)  # replaces module.model
 
     def state_dict(self) -> dict:
         return self.pruner.state_dict()
@@ -50,7 +56,7 @@ def main(epochs: int = 2, images: int = 512) -> torch.nn.Module:
     data = load_data("digits")
     pairs = [data.plain[0, index] for index in range(images)]
     x, y = torch.stack([image for image, _ in pairs]), torch.tensor([target for _, target in pairs])
-    pruning = FilterPruning(rate=0.4, attribute="loss", calibration=[(x[:64], y[:64])])
+    pruning = FilterPruning(hold=1, rate=0.4, attribute="loss", calibration=[(x[:64], y[:64])])
     trainer = lightning.Trainer(
         max_epochs=epochs, callbacks=[pruning], gradient_clip_val=1.0, accelerator="cpu", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -58,7 +64,7 @@ def main(epochs: int = 2, images: int = 512) -> torch.nn.Module:
     module = Classifier()
     trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=64, shuffle=True))
     print("pruned by", [decision.criterion for decision in pruning.pruner.decisions])
-    return mfp.compact(module.model.eval(), x[:1])
+    return mfp.compact(pruning.pruner.masked().eval(), x[:1])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pruner in a plain PyTorch loop: the ten lines that matter are marked."""
+"""The pruner in a plain PyTorch loop: the lines that matter are marked."""
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,17 @@ def main(epochs: int = 3, images: int = 512, batch: int = 64, width: int = 8) ->
             F.cross_entropy(model(x[part]), y[part]).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # <- filters that wake have large gradients
             optimizer.step()
-        decision = pruner.step(epoch)  # <- scores, tries the neighbours, zeroes the filters of the best
-        print(f"epoch {epoch + 1}: pruned by {decision.criterion}, churn {decision.churn:.2f}")  # <-
+        if decision := pruner.step(epoch):  # <- scores, tries the neighbours, zeroes the filters of the best
+            print(f"epoch {epoch + 1}: pruned by {decision.criterion}, churn {decision.churn:.2f}")  # <-
+        if epoch == epochs // 2:  # <- from here on the mask holds,
+            pruner.hold_()  # <- and training goes on, by the same steps,
+            model = pruner.shrink_(optimizer)  # <- with the network that is left
 
-    small = mfp.compact(model.eval(), x[:1])  # <- removes them
+    masked = pruner.masked().eval()  # of the original shape, to compare
+    small = mfp.compact(masked, x[:1])  # <- removes them for good
     mfp.save(small, "small.mfp")  # <- needs no code of the model to be loaded
-    difference = (small(x[:batch]) - model(x[:batch])).abs().max().item()
-    print(f"{mfp.flops(model, x[:1]):,} -> {mfp.flops(small, x[:1]):,} multiply-adds, difference {difference:.1e}")
+    difference = (small(x[:batch]) - masked(x[:batch])).abs().max().item()
+    print(f"{mfp.flops(masked, x[:1]):,} -> {mfp.flops(small, x[:1]):,} multiply-adds, difference {difference:.1e}")
     return small
 
 

@@ -5,6 +5,13 @@ prune first, so that in train.py only this is added, before its loop over the ep
 
     from timm_hook import prune_with
     prune_with(lr_scheduler, mfp.FilterPruner(model, rate=0.4, epochs=num_epochs))
+
+To train on what is left from the epoch `hold` on, two lines more, at the end of that loop (the optimiser, the scheduler
+and timm's ModelEma stay the objects that they are):
+
+    if epoch + 1 == hold:
+        pruner.hold_()
+        model = pruner.shrink_(optimizer, averaged=model_ema)
 """
 
 import timm
@@ -39,7 +46,8 @@ def main(epochs: int = 2, images: int = 256, name: str = "test_resnet") -> torch
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.02, momentum=0.9)
     lr_scheduler, num_epochs = create_scheduler_v2(optimizer, sched="cosine", num_epochs=epochs, warmup_epochs=0)
 
-    prune_with(lr_scheduler, mfp.FilterPruner(model, rate=0.4, epochs=num_epochs))
+    pruner = mfp.FilterPruner(model, rate=0.4, epochs=num_epochs)
+    prune_with(lr_scheduler, pruner)
 
     for epoch in range(num_epochs):
         model.train()
@@ -48,7 +56,10 @@ def main(epochs: int = 2, images: int = 256, name: str = "test_resnet") -> torch
             F.cross_entropy(model(x[part]), y[part]).backward()
             optimizer.step()
         lr_scheduler.step(epoch + 1)
-    return mfp.compact(model.eval(), x[:1])
+        if epoch + 1 == num_epochs // 2:
+            pruner.hold_()
+            model = pruner.shrink_(optimizer)
+    return mfp.compact(pruner.masked().eval(), x[:1])
 
 
 if __name__ == "__main__":

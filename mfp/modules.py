@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfp import ops
+from mfp.moves import JoinChannels, SpreadChannels, TakeChannels, is_plain_call, memory_format_of
 
 
 def per_channel(values: Tensor, dim: int, ndim: int) -> Tensor:
@@ -43,15 +44,30 @@ class InputSizes(nn.Module):
         return x
 
 
-class SelectChannels(nn.Module):
-    """Takes the channels ``index`` of the input, in that order."""
+class ByIndex(nn.Module):
+    """A module that moves the channels ``index`` along ``dim``."""
 
     def __init__(self, index: Tensor, dim: int) -> None:
         super().__init__()
         self.dim = dim
+        self._ordered: tuple[Tensor | None, bool] = None, False
         self.register_buffer("index", index)
 
+    def is_fast(self, x: Tensor) -> bool:
+        """Whether mfp.moves takes the call; the index is looked at once."""
+        if not is_plain_call(x, self.dim):
+            return False
+        if self._ordered[0] is not self.index:
+            self._ordered = self.index, bool((self.index.diff() > 0).all())
+        return self._ordered[1]
+
+
+class SelectChannels(ByIndex):
+    """Takes the channels ``index`` of the input, in that order."""
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_fast(x):
+            return TakeChannels.apply(x, self.index)
         return x.index_select(self.dim, self.index)
 
 
@@ -75,10 +91,8 @@ class ExpandChannels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shape = list(x.shape)
         shape[self.dim] = self.width
-        if self.dim == 1 and self.fill is None and self.in_order and fits_op(x) and x.dim() > 2:
-            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x)).zero_()
-            ops.scatter_add_(out, x, self.index, False)
-            return out
+        if self.fill is None and self.in_order and is_plain_call(x, self.dim):
+            return SpreadChannels.apply(x, self.index, self.width)
         out = x.new_zeros(shape).contiguous(memory_format=memory_format_of(x))
         if self.fill is not None:
             out = out + per_channel(self.fill, self.dim, x.dim())
@@ -87,20 +101,21 @@ class ExpandChannels(nn.Module):
         return out.index_copy(self.dim, self.index, x)
 
 
-class ResidualJoin(nn.Module):
+class ResidualJoin(ByIndex):
     """residual with the branch's channels added at ``index`` (and constants that the branch lost, when there are any).
 
     The residual stream keeps its width, [B, Cres, ...]; the branch is [B, len(index), ...].
     """
 
     def __init__(self, index: Tensor, dim: int, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.dim = dim
-        self.register_buffer("index", index)
+        super().__init__(index, dim)
         self.bias = None if bias is None else nn.Parameter(bias)
 
     def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
-        out = residual.index_add(self.dim, self.index, branch)
+        if residual.dtype == branch.dtype and self.is_fast(residual):
+            out = JoinChannels.apply(residual, branch, self.index)
+        else:
+            out = residual.index_add(self.dim, self.index, branch)
         return out if self.bias is None else out + per_channel(self.bias, self.dim, out.dim())
 
 
@@ -154,9 +169,3 @@ def fits_op(residual: Tensor) -> bool:
     if not only_runs():
         return False
     return residual.dtype in ops.FLOATS and residual.is_contiguous(memory_format=memory_format_of(residual))
-
-
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    if x.is_contiguous() or x.dim() not in (4, 5):
-        return torch.contiguous_format
-    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from mfp import attributes, schedule
 from mfp.allocation import Allocator
 from mfp.attributes import Batches
 from mfp.choice import BY_SENSITIVITY, Choice, choose
+from mfp.compact.training import Smaller
 from mfp.criteria import PAPER_CRITERIA
 from mfp.errors import MfpError
 from mfp.example import FirstBatch
@@ -22,6 +24,7 @@ from mfp.neighbours import Comparison
 from mfp.plan import FilterPlan, check_plan_arguments, unwrap
 from mfp.scores import FilterScores, batchnorm_scales, check_calibration, check_criteria, score_filters
 from mfp.selection import prune_filters_
+from mfp.shrinking import shrink
 from mfp.sleep import Sleepers
 from mfp.structure import takes_images
 
@@ -176,6 +179,8 @@ class FilterPruner:
             self._make_plan(example_input)
         else:
             self._first_batch = FirstBatch(self.model)
+        self.example_input = example_input
+        self.smaller: Smaller | None = None  # the network after shrink_
         self.mask: FilterMask | None = None
         self.decisions: list[Decision] = []
 
@@ -197,7 +202,8 @@ class FilterPruner:
                     f"{type(self.model).__name__} takes no plain image and has seen no batch yet, so its graph is not "
                     "known: give example_input=..., or call the model first"
                 )
-            self._make_plan(self._first_batch.example)
+            self.example_input = self._first_batch.example
+            self._make_plan(self.example_input)
             self._first_batch.forget()
         return self._plan
 
@@ -226,6 +232,8 @@ class FilterPruner:
         Raises:
             MfpError: weights that are not finite; nothing is zeroed then.
         """
+        if self.smaller is not None:
+            return None
         if self.mode == "hard" and self.mask is not None:
             self.mask.apply_(self.mask_bn)
             return None
@@ -272,8 +280,51 @@ class FilterPruner:
 
     def mask_gradients_(self) -> None:
         """In ``hard`` mode, between ``backward()`` and the optimiser's step: zero the gradients of pruned filters."""
-        if self.mode == "hard" and self.mask is not None:
+        if self.mode == "hard" and self.mask is not None and self.smaller is None:
             self.mask.apply_to_gradients_(self.mask_bn)
+
+    def shrink_(
+        self, optimizer: Optimizer | None = None, *, averaged: Any = None, within: nn.Module | None = None
+    ) -> nn.Module:
+        """Go on with the network that is left: from where the mask holds, the same steps on less arithmetic.
+
+        >>> if epoch == 40:
+        ...     pruner.hold_()
+        ...     model = pruner.shrink_(optimizer)
+
+        One step of the smaller network is the masked network's to rounding (which is tried out in float64 on random
+        input), but for dropout, which draws numbers for the channels that are left. Only what the mask holds at zero
+        goes. Wrap the network in DistributedDataParallel anew, and compile it anew. The pruner keeps its mask and its
+        decisions, which are of the original network; :meth:`masked` is that network with the new weights. To resume:
+        build the original network, load the pruner's state, call ``shrink_``, load the other states.
+
+        Args:
+            optimizer: changed in place with its momentum and other state, so that learning rate schedules and gradient
+                scalers go on with it.
+            averaged: an average of the weights, or several: anything with a copy of the network as ``module`` (torch's
+                AveragedModel, timm's ModelEma); changed in place.
+            within: the module that the pruner's network is a part of (a detector with this backbone, a trainer's
+                module): there the smaller network takes its place, and the optimiser may have all its parameters.
+
+        Returns:
+            the smaller network (again, when called again). Where it cannot be had, the masked network, with a warning
+            that says why: training can go on with either.
+
+        Raises:
+            MfpError: the mask does not hold yet, or the optimiser has state or parameters that are not understood.
+                Nothing was changed then.
+        """
+        return shrink(self, optimizer, averaged, within)
+
+    def masked(self, network: nn.Module | None = None) -> nn.Module:
+        """The masked network in its original shape; after :meth:`shrink_` on the CPU, with the smaller one's weights.
+
+        Args:
+            network: take the weights from this copy of the smaller network (an average).
+        """
+        if self.smaller is None:
+            return self.model
+        return self.smaller.widen_(self.plan.model, network or self.smaller.network)
 
     def score(self, plan: FilterPlan | None = None, more: Sequence[str] = ()) -> FilterScores:
         """Scores of all filters as they are now by every candidate, and by ``more`` criteria; all processes take part.
@@ -295,6 +346,7 @@ class FilterPruner:
             "layers": self._layers(),
             "decisions": [decision.to_dict() for decision in self.decisions],
             "asleep": dict(self.sleepers.values),
+            "shrunk": self.smaller is not None,
         }
         if self.mask is not None:
             state["keep"] = self.mask.keep.cpu()
@@ -318,6 +370,8 @@ class FilterPruner:
         self.sleepers.check(state["asleep"])
         self.sleepers.lay_down(state["asleep"], mask)
         self.mask, self.decisions = mask, decisions
+        if state.get("shrunk"):
+            self.hold_()
 
     def _layers(self) -> list[list]:
         return [[layer.name, layer.num_filters, layer.filter_size] for layer in self.plan.layers]

@@ -49,11 +49,11 @@ def test_lightning_callback(example):
     small = module.main(epochs=2, images=128)
     assert min(widths(small)) == 8 - int(8 * 0.4)
     # its state goes through Lightning's own checkpoints
-    callback = module.FilterPruning(rate=0.4)
+    callback = module.FilterPruning(hold=1, rate=0.4)
     model = module.Classifier()
     callback.on_fit_start(lightning.Trainer(max_epochs=2, accelerator="cpu", logger=False), model)
     callback.pruner.step(0)
-    again = module.FilterPruning(rate=0.4)
+    again = module.FilterPruning(hold=1, rate=0.4)
     again.load_state_dict(callback.state_dict())
     again.on_fit_start(lightning.Trainer(max_epochs=2, accelerator="cpu", logger=False), model)
     assert torch.equal(again.pruner.mask.keep, callback.pruner.mask.keep)
@@ -64,7 +64,7 @@ def test_timm_hook(example, capsys):
     dense = timm.create_model("test_resnet", num_classes=10)
     small = example("timm_hook").main(epochs=2, images=128)
     assert sum(widths(small)) < sum(widths(dense))
-    assert capsys.readouterr().out.count("pruned by") == 2
+    assert capsys.readouterr().out.count("pruned by") == 1  # the mask holds after half of the epochs
 
 
 def test_transformers_trainer(example, capsys):

@@ -26,6 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--overhead", action="store_true", help="what pruning adds to an ImageNet epoch, instead")
     parser.add_argument("--compact", action="store_true", help="dense against compact networks, instead")
     parser.add_argument("--layers", action="store_true", help="the serving form layer by layer, instead")
+    parser.add_argument("--training", action="store_true", help="training steps of the smaller network, instead")
     parser.add_argument("--engines", nargs="?", const="", metavar="NAMES", help=ENGINES_HELP)
     parser.add_argument("--batch", help="images in a batch, with commas (default: 8; of --engines and --layers 1,8)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for --engines (default: cpu)")
@@ -56,6 +57,11 @@ def main(arguments: Sequence[str]) -> None:
 
         report = compaction.measure(archs or compaction.NETWORKS, options.rate, batches, console)
         printer = compaction.print_table
+    elif options.training:
+        from mfp.bench import training
+
+        report = training.measure(options.arch or "resnet50", options.rate, batches[0], console)
+        printer = training.print_table
     elif options.overhead:
         from mfp.bench import overhead
 

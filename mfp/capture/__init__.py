@@ -14,7 +14,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,8 @@ from mfp.capture.sizes import MULTIPLE, TooInvolved, holds_sizes, in_words, refu
 from mfp.errors import CaptureError, MfpError
 
 __all__ = [
-    "DROPOUTS", "Captured", "aliased_arguments", "capture", "eval_mode", "example_arguments", "exported_program",
-    "plain_tensors", "program_bytes",
+    "DROPOUTS", "Captured", "aliased_arguments", "capture", "drops_whole_samples", "eval_mode", "example_arguments",
+    "exported_program", "plain_tensors", "program_bytes",
 ]  # fmt: skip
 HERE = str(Path(__file__).parent)
 
@@ -55,19 +55,24 @@ class Captured:
     fixed: list[str] = field(default_factory=list)
 
 
-def capture(model: nn.Module, arguments: dict[str, Any], free_sizes: bool = True) -> Captured:
+def capture(
+    model: nn.Module, arguments: dict[str, Any], free_sizes: bool = True, for_training: bool = False
+) -> Captured:
     """The computation of ``model.eval()`` as a graph; the model is left as it is.
 
     Args:
         arguments: forward's arguments by name, as :func:`example_arguments` gives them; tensors inside may be nested.
             The batch size of the example is no constant of the graph, nor is its image size, where the model allows.
         free_sizes: False leaves all sizes as in the example, for a graph that is only looked at: half the time.
+        for_training: stochastic depth is an operator of the graph too (a dropout that names its module), though it does
+            nothing in eval mode.
 
     Raises:
         CaptureError: torch.export cannot follow the model (a decision on tensor values): names the line.
         MfpError: the model's outputs cannot be built, or it writes its buffers.
     """
-    with plain_tensors(), eval_mode(model), torch.no_grad(), _quiet():
+    marked = _marked_drops(model) if for_training else nullcontext()
+    with plain_tensors(), eval_mode(model), torch.no_grad(), _quiet(), marked:
         program, fixed = _export(model, arguments, free_sizes)
         inline_blocks(program)
         functional = make_functional(program.graph, set(program.graph_signature.inputs_to_buffers))
@@ -141,6 +146,26 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def drops_whole_samples(module: nn.Module | None) -> bool:
+    """Whether a module is stochastic depth, by the name that torchvision's, timm's and transformers' have."""
+    return type(module).__name__.endswith(("StochasticDepth", "DropPath"))
+
+
+@contextmanager
+def _marked_drops(model: nn.Module) -> Iterator[None]:
+    """Inside the block stochastic depth in eval mode calls a dropout that does nothing, which the graph then holds."""
+
+    def mark(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        return torch.dropout(output, 0.5, False)
+
+    handles = [module.register_forward_hook(mark) for module in model.modules() if drops_whole_samples(module)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

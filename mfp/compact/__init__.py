@@ -17,14 +17,13 @@ from mfp.compact.analysis import analyse
 from mfp.compact.channels import Network
 from mfp.compact.check import check, first_difference
 from mfp.compact.count import count_parameters, flops
-from mfp.compact.optimizer import Origin, compact_optimizer
+from mfp.compact.optimizer import compact_optimizer
 from mfp.compact.part import recorded_call
 from mfp.compact.report import CompactReport, make_report
-from mfp.compact.write import write
+from mfp.compact.write import finish, modes_of, origins, restore_modes, write
 from mfp.compact.writer import Writer
 from mfp.plan import unwrap
 from mfp.serving import SERVING_BYTES, prepare_for_serving
-from mfp.serving.fold import absorb_constants
 
 __all__ = ["CompactReport", "compact", "compact_optimizer", "count_parameters", "flops"]
 
@@ -116,37 +115,10 @@ def plain_compact(model: nn.Module, arguments: dict[str, Any]) -> fx.GraphModule
     return _written(model, arguments, 1)[-1]
 
 
-def modes_of(model: nn.Module) -> dict[str, bool]:
-    return {name: module.training for name, module in model.named_modules()}
-
-
 def serving_multiple(model: nn.Module) -> int:
     """What numbers of filters are filled up to in the serving form."""
     sizes = [parameter.element_size() for parameter in model.parameters()]
     return SERVING_BYTES // min([4, *sizes])
-
-
-def origins(small: fx.GraphModule, out: Writer) -> dict[str, Origin]:
-    """Where the parameters come from; those for constants, and those of weights that are computed, are not listed."""
-    return {name: Origin(*out.origins[p]) for name, p in small.named_parameters() if p in out.origins}
-
-
-def finish(out: Writer, name: str, modes: dict[str, bool]) -> fx.GraphModule:
-    """The module around the written graph, with what it uses alone, in the graph's order."""
-    graph = out.graph
-    for node in reversed(list(graph.nodes)):
-        if node.op not in ("placeholder", "output") and not node.users:
-            graph.erase_node(node)
-    small = fx.GraphModule(out.root, graph, f"Compact{name.removeprefix('Compact')}")
-    absorb_constants(small)
-    restore_modes(small, modes)
-    return small
-
-
-def restore_modes(small: fx.GraphModule, modes: dict[str, bool]) -> None:
-    """Each module is in the mode of its original (a frozen BatchNorm stays in eval), new ones in the model's."""
-    for name, module in small.named_modules():
-        module.training = modes.get(name, modes.get(name.rpartition(".")[0], modes[""]))
 
 
 def locate(net: Network, out: Writer, small: fx.GraphModule, arguments: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mfp.capture import Captured
-from mfp.compact.channels import Network, arguments
+from mfp.compact.channels import Channels, Network, arguments
 from mfp.compact.contraction import Layer, is_contraction, layer_of
 from mfp.compact.movement import find_shuffles
 from mfp.compact.norms import VECTORS, norm_name
@@ -15,10 +15,19 @@ from mfp.compact.operators import rule_for
 aten = torch.ops.aten
 
 
-def analyse(captured: Captured) -> Network:
-    """Fills in which channels of every tensor are constant and which are needed."""
-    net = Network(captured.graph, dict(captured.tensors), captured.modules)
+def analyse(captured: Captured, held: dict[str, Tensor] | None = None) -> Network:
+    """Fills in which channels of every tensor are constant and which are needed.
+
+    Args:
+        held: by name of a parameter, which of its entries stay zero. Then every other entry of a parameter counts as
+            one that learns, whatever its value, and of constants only zero: what is found holds for the rest of a
+            training, in which a constant that comes from a parameter would move.
+    """
+    net = Network(captured.graph, dict(captured.tensors), captured.modules, zeros_only=held is not None)
     fold_computed_tensors(net)
+    values = net.tensors
+    if held is not None:
+        net.tensors = {name: may_become(name, tensor, held) for name, tensor in values.items()}
     find_shuffles(net.graph)
     find_calls(net)
     propagate_constants(net)
@@ -30,7 +39,16 @@ def analyse(captured: Captured) -> Network:
             net.demand[node] = torch.zeros(len(found), dtype=torch.bool)
     for node in reversed(net.graph.nodes):
         rule_for(net, node).backward(net, node)
+    net.tensors = values
     return net
+
+
+def may_become(name: str, tensor: Tensor, held: dict[str, Tensor]) -> Tensor:
+    """A parameter with NaN, the lattice's word for live, wherever it is not held at zero."""
+    if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
+        return tensor
+    unknown = torch.full_like(tensor, torch.nan, requires_grad=False)
+    return unknown.masked_fill_(held[name], 0) if name in held else unknown
 
 
 def fold_computed_tensors(net: Network) -> None:
@@ -103,7 +121,10 @@ def propagate_constants(net: Network) -> None:
     """The forward pass; once more where one call of a shared layer is understood and another is not."""
     while True:
         for node in net.graph.nodes:
-            net.channels[node] = rule_for(net, node).forward(net, node)
+            net.channels[node] = found = rule_for(net, node).forward(net, node)
+            for channels in found if isinstance(found, list) else [found]:
+                if net.zeros_only and isinstance(channels, Channels):
+                    channels.const = torch.where(channels.const == 0, channels.const, torch.nan)
         mixed = [
             call for calls in net.calls.values() for call in calls
             if len({net.channels[c] is None for c in calls}) > 1 and call not in net.whole

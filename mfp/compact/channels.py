@@ -47,6 +47,7 @@ class Network:
     demand: dict[fx.Node, Any] = field(default_factory=dict)
     calls: dict[str, list[fx.Node]] = field(default_factory=dict)  # by name of a weight: the operators that apply it
     nonzero: dict[str, Tensor] = field(default_factory=dict)  # by name of a weight: which kernels are not zero
+    zeros_only: bool = False  # any other constant counts as live
 
     def known(self, node: Any) -> Channels | None:
         found = self.channels.get(node) if isinstance(node, fx.Node) else None

@@ -69,9 +69,9 @@ class PerChannelNorm(Rule):
 
     def write(self, out: Writer, node: fx.Node) -> Any:
         net, source = out.network, data_input(node)
-        piece = out.piece(source)
-        if net.known(node) is None or piece.ids is None:
+        if net.known(node) is None or out.piece(source).ids is None:
             return super().write(out, node)
+        piece = self.input(out, node)
         rows = {v: piece.ids for v in self.vectors(node) if net.value(v).numel() > 1}
 
         def convert(other: fx.Node) -> Any:
@@ -84,6 +84,12 @@ class PerChannelNorm(Rule):
             return out.attribute(other.target, partial(take_rows, rows=rows[other], missing=missing))
 
         return Piece(out.emit(node, fx.map_arg(node.args, convert), {}), piece.ids)
+
+    @staticmethod
+    def input(out: Writer, node: fx.Node) -> Piece:
+        """The norm's input, with the constant channels that the norm makes live."""
+        source, kept = data_input(node), out.network.kept(node).nonzero().flatten()
+        return out.piece(source) if torch.isin(kept, out.ids(source)).all() else out.align(source, kept, 1)
 
 
 class BatchNorm(PerChannelNorm):
@@ -101,7 +107,7 @@ class BatchNorm(PerChannelNorm):
             return Rule.write(self, out, node)
         name = norm_name(net, node)
         calls = net.calls[name]
-        piece = out.piece(source)
+        piece = self.input(out, node) if net.known(source) is not None else out.piece(source)
         if len(calls) > 1:
             common = torch.stack([net.kept(call) for call in calls]).any(0).nonzero().flatten()
             piece = out.align(source, common if len(common) else torch.zeros(1, dtype=torch.long), 1)
@@ -143,6 +149,7 @@ def cut_norm(out: Writer, node: fx.Node, name: str, rows: Tensor) -> nn.Module:
     if new.num_batches_tracked is not None:
         count = getattr(original, "num_batches_tracked", None)
         new.num_batches_tracked = torch.zeros((), dtype=torch.long) if count is None else count.detach().clone()
+        out.origins[new.num_batches_tracked] = f"{name}.num_batches_tracked", torch.clone
     return new
 
 

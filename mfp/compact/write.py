@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import fx, nn
 
-from mfp.capture import DROPOUTS
+from mfp.capture import DROPOUTS, drops_whole_samples
 from mfp.capture.sizes import size_rules
 from mfp.compact.channels import Channels, Network, arguments
 from mfp.compact.operators import BY_KIND, rule_for
+from mfp.compact.optimizer import Origin
 from mfp.compact.writer import Piece, Writer
 from mfp.modules import InputSizes
+from mfp.serving.fold import absorb_constants
 
 
 def write(net: Network, multiple: int) -> Writer:
@@ -52,8 +56,38 @@ def write_dropout(out: Writer, node: fx.Node) -> Piece:
         return piece
     name = node.meta["module"]
     original = out.network.modules.get(name)
+    if drops_whole_samples(original):
+        return Piece(out.graph.call_module(out.add(name, copy.deepcopy(original)), (piece.node,)), piece.ids)
     if not isinstance(original, nn.modules.dropout._DropoutNd):
         name, original = node.name, DROPOUTS[node.target.overloadpacket]()
     if name not in out.cuts:
         out.cuts[name] = out.add(name, type(original)(share))
     return Piece(out.graph.create_node("call_module", out.cuts[name], (piece.node,), {}, node.name), piece.ids)
+
+
+def modes_of(model: nn.Module) -> dict[str, bool]:
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def origins(small: fx.GraphModule, out: Writer) -> dict[str, Origin]:
+    """Where parameters and buffers come from; those for constants, and of weights that are computed, are not listed."""
+    tensors = [*small.named_parameters(), *small.named_buffers()]
+    return {name: Origin(*out.origins[tensor]) for name, tensor in tensors if tensor in out.origins}
+
+
+def finish(out: Writer, name: str, modes: dict[str, bool]) -> fx.GraphModule:
+    """The module around the written graph, with what it uses alone, in the graph's order."""
+    graph = out.graph
+    for node in reversed(list(graph.nodes)):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)
+    small = fx.GraphModule(out.root, graph, f"Compact{name.removeprefix('Compact')}")
+    absorb_constants(small)
+    restore_modes(small, modes)
+    return small
+
+
+def restore_modes(small: fx.GraphModule, modes: dict[str, bool]) -> None:
+    """Each module is in the mode of its original (a frozen BatchNorm stays in eval), new ones in the model's."""
+    for name, module in small.named_modules():
+        module.training = modes.get(name, modes.get(name.rpartition(".")[0], modes[""]))

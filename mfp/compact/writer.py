@@ -37,7 +37,7 @@ class Writer:
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.pieces: dict[fx.Node, Any] = {}  # Piece, or list of Pieces
-        self.origins: dict[nn.Parameter, tuple[str, Callable[[Tensor], Tensor]]] = {}  # of new parameters
+        self.origins: dict[Tensor, tuple[str, Callable[[Tensor], Tensor]]] = {}  # of new parameters and buffers
         self.cuts: dict[str, Any] = {}  # by name of a weight: how it was cut
         self.expanded: dict[fx.Node, list[str]] = {}  # reader: what was widened for it
 
@@ -173,9 +173,7 @@ class Writer:
         """What is ``left`` of a tensor; of a parameter a parameter, and the same can be done later to its like."""
         old = self.network.tensors[name]
         value = left(old.detach())
-        if not isinstance(old, nn.Parameter):
-            return value
-        new = nn.Parameter(value, old.requires_grad)
+        new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
         self.origins[new] = name, left
         return new
 

@@ -68,6 +68,7 @@ class RunConfig:
     mode: str = _option("soft", f"one of {', '.join(MODES)}")
     interval: int = _option(1, "epochs from one pruning point to the next")
     settle: float = _option(0.55, "share of the epochs, at the end, in which the mask holds and kept filters learn")
+    shrink: bool = _option(True, "go on with the smaller network from where the mask holds; the papers do not")
     per_layer: bool = _option(False, "choose the criterion per layer (attributes without data)")
     mask_bn: bool = _option(True, "zero the BatchNorm of a pruned filter with it (the papers do not)")
     recalibrate: bool | None = _option(

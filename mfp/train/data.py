@@ -114,6 +114,13 @@ class AllBatches(Sampler):
             yield [(0, index) for index in self.indices[first : first + self.batch]]
 
 
+def spread_over(data: SeededDataset, count: int) -> SeededDataset:
+    """So many of the images, spread evenly over all: a folder's stand class by class."""
+    count = min(count, len(data))
+    some = Subset(data.source, [number * len(data) // count for number in range(count)])
+    return SeededDataset(some, data.transform, data.seed)
+
+
 def make_loader(dataset: SeededDataset, batches: Sampler, workers: int = 0, pin: bool = False) -> DataLoader:
     """A DataLoader over the keys of `batches`; with workers it prefetches, two batches per worker."""
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin)

@@ -9,23 +9,17 @@ step ends with the same bits as one that was never stopped (on CPU).
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
-import json
 import math
 import random
-import signal
 import time
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import Subset
 
 import mfp
 from mfp.atomic import WriteError, write_atomically
@@ -33,38 +27,14 @@ from mfp.errors import MfpError
 from mfp.optim import MaskedSGD
 from mfp.train.checkpoints import digest_of, load_newest, save_checkpoint
 from mfp.train.config import RunConfig
-from mfp.train.data import EpochBatches, ImageData, SeededDataset, derive_seed, make_loader
+from mfp.train.data import EpochBatches, ImageData, derive_seed, make_loader, spread_over
 from mfp.train.distributed import World
-from mfp.train.evaluation import evaluate, regret_of
+from mfp.train.evaluation import evaluate
+from mfp.train.interrupts import Interrupted, noting_signals
 from mfp.train.progress import Bar, Reporter
+from mfp.train.records import Clock, decision_record, epoch_line, make_board, scores_file, to_csv, write_board
 
 NOTE_SECONDS = 0.5  # how often the loss is fetched from the device, shown, and checked to be a number
-
-
-class Interrupted(Exception):
-    """A signal ended the run after the step it came in; the checkpoint is written."""
-
-    def __init__(self, number: int, path: Path | None) -> None:
-        self.number, self.path = number, path
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-
-
-class Clock:
-    """Where the time of an epoch goes, by the host's clock (a GPU works on while the host prepares)."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.parts: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - start
-
-    def shares(self) -> dict[str, float]:
-        total = time.perf_counter() - self.start
-        return {f"share_{part}": round(seconds / total, 4) for part, seconds in self.parts.items()}
 
 
 class Trainer:
@@ -114,7 +84,9 @@ class Trainer:
         self.epoch = self.batch = 0
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.world.device)  # loss, correct, images of rank 0
         self.history: list[dict[str, Any]] = []
-        self.board = self._make_board()
+        self.board = make_board(directory, self.epoch) if config.tensorboard and self.world.first else None
+        self.small_from: int | None = None  # the epoch from which the network was small
+        self._stays_masked = False
         self._signal = 0
 
     @property
@@ -127,6 +99,11 @@ class Trainer:
         """The network that is evaluated and handed on: the averaged one, where an average is kept."""
         return self.averaged.module if self.averaged else self.model
 
+    @property
+    def masked_model(self) -> nn.Module:
+        """The final network in its original shape, pruned filters zero."""
+        return self.pruner.masked(self.final_model) if self.small_from is not None else self.final_model
+
     def fit(self) -> list[dict[str, Any]]:
         """Trains from where it stands to the end, and returns a record per epoch.
 
@@ -136,7 +113,8 @@ class Trainer:
         """
         title = "pruned" if self.pruner else "dense"
         total = self.config.epochs * self.steps_per_epoch
-        with self._signals(), self.reporter.bar(title, total, self.step) as bar:
+        signals = noting_signals(lambda: self._signal, lambda number: setattr(self, "_signal", number))
+        with signals, self.reporter.bar(title, total, self.step) as bar:
             while self.epoch < self.config.epochs:
                 clock = Clock()
                 done = self._train_epoch(bar, clock)
@@ -147,14 +125,9 @@ class Trainer:
 
     def _train_epoch(self, bar: Bar, clock: Clock) -> int:
         batches = EpochBatches(
-            len(self.data.train),
-            self.config.batch,
-            self.config.seed,
-            self.epoch,
-            self.batch,
-            self.world.rank,
+            len(self.data.train), self.config.batch, self.config.seed, self.epoch, self.batch, self.world.rank,
             self.world.size,
-        )
+        )  # fmt: skip
         loader = iter(make_loader(self.data.train, batches, self.config.workers, self.world.device.type == "cuda"))
         self.parallel.train()
         shown, steps = 0.0, len(batches)
@@ -209,6 +182,8 @@ class Trainer:
             group["lr"] = rate
         if self.config.clip:
             self.scaler.unscale_(self.optimizer)
+            if self.pruner:
+                self.pruner.mask_gradients_()  # of filters that are gone: no part of the norm
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -234,22 +209,23 @@ class Trainer:
         self.world.broadcast_(self.model.buffers())  # the ranks' batch statistics differ; rank 0's are the truth
         with clock("pruning"):
             record |= self._prune()
+            self._shrink()
+        record["parameters"] = sum(parameter.numel() for parameter in self.model.parameters())
         with clock("evaluation"):
             metrics = evaluate(self.final_model, self.data.watched, 128, self.config.workers, self.world)
         record |= {key: metrics[key] for key in ("loss", "top1", "top5")}
         seconds = time.perf_counter() - clock.start
-        record |= {
-            "images_per_second": round(images / trained, 1),
-            "seconds": round(seconds, 3),
-            **clock.shares(),
-        }
+        record |= {"images_per_second": round(images / trained, 1), "seconds": round(seconds, 3), **clock.shares()}
         self.history.append(record)
         self.epoch, self.batch = self.epoch + 1, 0
         self.totals.zero_()
-        self._say(record)
+        watched = "test" if self.data.validation is None else "validation"
+        short = not self.reporter.console.is_terminal
+        self.reporter.say(epoch_line(record, self.config.epochs, watched, short))
         if self.world.first:
-            self._write_csv()
-            self._write_board(record)
+            self._write("epochs.csv", to_csv(self.history))
+            if self.board is not None:
+                write_board(self.board, record, self.pruner.mask if self.pruner else None)
         self._save(must=self.epoch == self.config.epochs)
 
     def _prune(self) -> dict[str, Any]:
@@ -280,19 +256,34 @@ class Trainer:
         return decision_record(decision)
 
     def _accuracy(self, model: nn.Module) -> float:
-        """On some of the held-out images, spread evenly over them: a folder's stand class by class."""
-        held = self.data.validation
-        count = min(self.config.hindsight, len(held))
-        some = Subset(held.source, [number * len(held) // count for number in range(count)])
-        few = SeededDataset(some, held.transform, held.seed)
+        """On some of the held-out images."""
+        few = spread_over(self.data.validation, self.config.hindsight)
         return evaluate(model, few, 128, self.config.workers, self.world)["top1"]
 
     def _hold_mask(self, epoch: int) -> None:
         """In `hard` mode and in the last epochs, which `settle` counts, the mask holds from this epoch on."""
         if self.pruner and self.pruner.mask and epoch >= self.config.choosing_epochs and self.config.settle:
             self.pruner.hold_()
-        if self.pruner and self.pruner.mode == "hard":
+        if self.pruner and self.pruner.mode == "hard" and self.small_from is None:
             self.optimizer.mask = self.pruner.mask
+
+    def _shrink(self, small_from: int | None = None) -> None:
+        """Goes on with the smaller network where the mask holds; where it cannot be had, says why and goes on."""
+        holds = self.pruner and self.pruner.mode == "hard" and self.pruner.mask
+        if not (holds and self.config.shrink) or self.small_from is not None or self._stays_masked:
+            return
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            model = self.pruner.shrink_(self.optimizer, averaged=self.averaged)
+        for warning in caught:
+            self.reporter.say(f"warning: {warning.message}")
+        self._stays_masked = model is self.model
+        if self._stays_masked:
+            return
+        self.model, self.small_from = model, self.epoch + 1 if small_from is None else small_from
+        if self.config.compile:
+            model.compile()
+        self.parallel = self.world.wrap(model)
 
     def _require_equal_weights(self) -> None:
         if self.world.size > 1:
@@ -301,44 +292,13 @@ class Trainer:
     def _write_scores(self) -> None:
         """All scores as they are before the last pruning, for the report. All ranks score, the first one writes."""
         scores = self.pruner.score()
-        if not self.world.first:
-            return
-        names = {layer.name: [layer.offset, layer.num_filters] for layer in self.pruner.plan.layers}
-        tensors = {name: value.cpu() for name, value in scores.items()}
-        self._write("scores.safetensors", to_safetensors(tensors, {"layers": json.dumps(names)}))
+        if self.world.first:
+            self._write("scores.safetensors", scores_file(scores))
 
     def _mask_average(self) -> None:
         own = self.pruner.plan
         plan = mfp.FilterPlan(self.averaged.module, own.layers, own.channel_multiple)
         mfp.FilterMask(plan, self.pruner.mask.keep).apply_(mask_bn=self.config.mask_bn)
-
-    def _say(self, record: dict[str, Any]) -> None:
-        line = f"epoch {record['epoch'] + 1}/{self.config.epochs}  train loss {record['train_loss']:.4f}"
-        watched = "test" if self.data.validation is None else "validation"
-        line += f"  {watched} loss {record['loss']:.4f}  accuracy {record['top1']:.2f} %"
-        if "criterion" in record:
-            line += f"  pruned by {record['criterion']}"
-        line += f"  {record['images_per_second']:.0f} images/s"
-        if not self.reporter.console.is_terminal:  # a log: the rest is in epochs.csv
-            self.reporter.say(line)
-            return
-        if "criterion" in record:
-            line += f"  churn {record['churn']:.2f}"
-        shares = [
-            f"{key[6:].replace('_', '/')} {100 * value:.0f} %"
-            for key, value in record.items()
-            if key.startswith("share_")
-        ]
-        self.reporter.say(f"{line}  ({', '.join(shares)})")
-
-    def _write_csv(self) -> None:
-        """Writes the whole table anew, so that a resumed run never leaves a row twice."""
-        names = list(dict.fromkeys(key for record in self.history for key in record))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.history)
-        self._write("epochs.csv", text.getvalue().encode())
 
     def _write(self, name: str, data: bytes) -> None:
         try:
@@ -365,6 +325,7 @@ class Trainer:
             "averaged": self.averaged.state_dict() if self.averaged else None,
             "pruner": self.pruner.state_dict() if self.pruner else None,
             "keep": self.pruner.mask.keep if self.pruner and self.pruner.mask else None,
+            "small_from": self.small_from,
             "history": self.history,
         }
 
@@ -377,6 +338,13 @@ class Trainer:
             raise MfpError(f"{source} is of a run on {there}; there are now {here}: go on with the data it began with")
         self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
         self.totals.copy_(state["totals"])
+        if state["small_from"] is not None:
+            self.pruner.load_state_dict(state["pruner"])
+            self._shrink(state["small_from"])
+            if self._stays_masked:
+                raise MfpError(
+                    f"{source} is of the smaller network, which cannot be made here: use the mfp that wrote it"
+                )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -422,29 +390,6 @@ class Trainer:
             self.reporter.say(f"warning: {error}; training goes on")
             return None
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM let the step finish; a second one ends the run at once."""
-
-        def note(number: int, frame: object) -> None:
-            if self._signal:
-                raise KeyboardInterrupt
-            self._signal = number
-
-        try:
-            before = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]
-        except ValueError:  # not the main thread: whoever owns that one handles signals
-            before = []
-        try:
-            yield
-        except Exception as error:
-            if self._signal and not isinstance(error, (Interrupted, MfpError)):  # rank 0 has left
-                raise Interrupted(self._signal, None) from error
-            raise
-        finally:
-            for number, handler in before:
-                signal.signal(number, handler)
-
     # ---- what it is made of
 
     def _make_optimizer(self) -> MaskedSGD:
@@ -453,53 +398,3 @@ class Trainer:
             self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
             nesterov=config.nesterov, mask_bn=config.mask_bn,
         )  # fmt: skip
-
-    def _make_board(self):
-        if not (self.config.tensorboard and self.world.first):
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise MfpError("--tensorboard needs the package tensorboard: pip install 'mfp[train]'") from error
-        return SummaryWriter(self.directory / "tensorboard", purge_step=self.epoch)
-
-    def _write_board(self, record: dict[str, Any]) -> None:
-        if self.board is None:
-            return
-        for key, value in record.items():
-            if isinstance(value, float):
-                self.board.add_scalar(key, value, record["epoch"])
-        if "criterion" in record:
-            self.board.add_text("criterion", record["criterion"], record["epoch"])
-            for name, kept in self.pruner.mask.kept.items():
-                self.board.add_scalar(f"filters_kept/{name}", kept, record["epoch"])
-        self.board.flush()
-
-
-def make_plan(config: RunConfig, model: nn.Module) -> mfp.FilterPlan:
-    """The plan that a configuration describes, for a model."""
-    return mfp.FilterPlan.from_model(
-        model,
-        config.rate,
-        skip=config.skip,
-        layer_rates=config.layer_rates,
-        residual=config.residual,
-        channel_multiple=config.channel_multiple,
-    )
-
-
-def decision_record(decision: mfp.Decision) -> dict[str, Any]:
-    """One pruning point as columns of the table of epochs."""
-    criterion = decision.neighbour
-    if isinstance(criterion, dict):  # chosen per layer: name them by how often they won
-        counts = sorted(
-            ((list(criterion.values()).count(name), name) for name in set(criterion.values())), reverse=True
-        )
-        criterion = " ".join(f"{name}:{count}" for count, name in counts)
-    record = {"rate_factor": decision.rate_factor, "criterion": criterion, "attribute": decision.attribute}
-    record |= {"attribute_before": decision.attribute_before, "attribute_after": decision.attribute_after}
-    record |= {"churn": decision.churn, "filters_pruned": decision.num_pruned}
-    record |= {f"neighbour_{name}": value for name, value in decision.neighbours.items()}
-    if decision.hindsight:
-        record["regret"], record["ahead_of_mean"] = regret_of(decision.hindsight, decision.neighbour)
-    return record | {f"hindsight_{name}": value for name, value in decision.hindsight.items()}

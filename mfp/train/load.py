@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import mfp
+from mfp.capture import example_arguments
+from mfp.compact.training import make_smaller
 from mfp.errors import MfpError
+from mfp.shrinking import held_entries
 from mfp.train.checkpoints import Checkpoint, load_checkpoint, load_newest
 from mfp.train.config import RunConfig
-from mfp.train.engine import make_plan
 from mfp.train.models import build_model
 
 
@@ -48,11 +51,26 @@ def load_masked(path: str | Path, function: str | None = None) -> tuple[nn.Modul
             f"{checkpoint.path} was made by {config.arch}; it is imported only if you say --model {config.arch}"
         )
     model = build_model(config.arch, state["num_classes"])
-    model.load_state_dict(_weights(state))
+    shape = tuple(state["image_shape"])
     if state["keep"] is None:
         raise MfpError(f"{checkpoint.path} is from before the first pruning: there is nothing to remove")
-    mfp.FilterMask(make_plan(config, model), state["keep"]).apply_(mask_bn=config.mask_bn)
-    return model.eval(), tuple(state["image_shape"])
+    mask = mfp.FilterMask(make_plan(config, model), state["keep"])
+    if state["small_from"] is None:
+        model.load_state_dict(_weights(state))
+    else:
+        _load_smaller(model, _weights(state), mask, config.mask_bn, shape)
+    mask.apply_(mask_bn=config.mask_bn)
+    return model.eval(), shape
+
+
+def _load_smaller(
+    model: nn.Module, weights: dict[str, Tensor], mask: mfp.FilterMask, mask_bn: bool, shape: tuple[int, ...]
+) -> None:
+    """Weights of the network that was left without the pruned filters."""
+    example = example_arguments(model, torch.zeros(1, *shape))
+    smaller = make_smaller(model, example, held_entries(mask, mask_bn))
+    smaller.network.load_state_dict(weights)
+    smaller.widen_(model, smaller.network)
 
 
 def _find(path: Path) -> Checkpoint:
@@ -70,3 +88,15 @@ def _weights(state: dict[str, Any]) -> dict[str, Tensor]:
     if averaged is None:
         return state["model"]
     return {name.removeprefix("module."): value for name, value in averaged.items() if name.startswith("module.")}
+
+
+def make_plan(config: RunConfig, model: nn.Module) -> mfp.FilterPlan:
+    """The plan that a configuration describes, for a model."""
+    return mfp.FilterPlan.from_model(
+        model,
+        config.rate,
+        skip=config.skip,
+        layer_rates=config.layer_rates,
+        residual=config.residual,
+        channel_multiple=config.channel_multiple,
+    )

@@ -201,7 +201,7 @@ def _train(trainer: Trainer, resume: bool) -> None:
 def _finish(
     config: RunConfig, data: ImageData, dense: nn.Module, pruned: Trainer, directory: Path, reporter: Reporter
 ) -> dict[str, Any]:
-    masked, mask = pruned.final_model.eval(), pruned.pruner.mask
+    masked, mask = pruned.masked_model.to(pruned.world.device).eval(), pruned.pruner.mask
     if mask is None or mask.keep.all():
         raise MfpError("nothing was pruned in the whole run: no pruning point came (see --interval and --epochs)")
     example = data.example().to(pruned.world.device)
@@ -229,6 +229,7 @@ def _finish(
         result[name]["parameters"] = sum(parameter.numel() for parameter in network.parameters())
         if name in times:
             result[name]["milliseconds"] = times[name]
+    result["small_from"] = pruned.small_from  # the epoch from which the network was small, from 0
     result["timing_batch"] = len(batch)
     result["criteria"] = [record["criterion"] for record in pruned.history if "criterion" in record]
     result["choice"] = _last_choice(pruned.pruner.decisions[-1])
