@@ -162,7 +162,8 @@ def verdict(results: Results) -> list[str]:
             drawn, worst = (spread(results.values(setting, rates, name).values()) for name in BASELINES)
             five = spread(row["accuracy"] - row["average"] for row in found)
             lines.append(
-                f"  There the five average {five} %, filters drawn at random {drawn} %, pruning the highest norms {worst} %."
+                f"  There the five average {five} %, filters drawn at random {drawn} %, "
+                f"pruning the highest norms {worst} %."
             )
     return [*lines, ""]
 
