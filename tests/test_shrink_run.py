@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import torch
-from test_distributed import outcome, run_ranks, train
+from ranks import outcome, run_ranks, train
 from test_engine import essence
 from train_helpers import one_thread, tiny_config, tiny_data, tiny_trainer  # noqa: F401
 

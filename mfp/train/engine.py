@@ -111,10 +111,9 @@ class Trainer:
             Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
             MfpError: the loss is no longer finite, ranks differ, or the last checkpoint could not be written.
         """
-        title = "pruned" if self.pruner else "dense"
         total = self.config.epochs * self.steps_per_epoch
         signals = noting_signals(lambda: self._signal, lambda number: setattr(self, "_signal", number))
-        with signals, self.reporter.bar(title, total, self.step) as bar:
+        with signals, self.reporter.bar("pruned" if self.pruner else "dense", total, self.step) as bar:
             while self.epoch < self.config.epochs:
                 clock = Clock()
                 done = self._train_epoch(bar, clock)
@@ -281,6 +280,8 @@ class Trainer:
         if self._stays_masked:
             return
         self.model, self.small_from = model, self.epoch + 1 if small_from is None else small_from
+        left = sum(parameter.numel() for parameter in model.parameters())
+        self.reporter.say(f"from epoch {self.small_from + 1} on with the network that is left: {left:,} parameters")
         if self.config.compile:
             model.compile()
         self.parallel = self.world.wrap(model)
