@@ -107,7 +107,7 @@ def introduction(results: Results, about: dict) -> list[str]:
         "# Accuracy", "",
         "What the choice of the criterion, and rates that suit the layers, are worth. This page is written by",
         "`benchmarks/study.py`, every number and sentence of it from the table of its runs,",
-        "[results.csv](../benchmarks/results/study/results.csv).", "",
+        "`benchmarks/results/study/results.csv`.", "",
         f"{options['arch']} on {data}: epochs {options['epochs']}, batch {options['batch']}, seeds {len(dense)}; "
         f"{spread(dense.values())} % unpruned. Precision {options['precision']}. Attributes, `taylor` and BatchNorm "
         f"statistics: {options['calibration']} training images. Accuracy: percent of {tested}. "
