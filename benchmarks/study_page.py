@@ -107,7 +107,7 @@ def introduction(results: Results, about: dict) -> list[str]:
         "# Accuracy", "",
         "What the choice of the criterion, and rates that suit the layers, are worth. This page is written by",
         "`benchmarks/study.py`, every number and sentence of it from the table of its runs,",
-        "[results.csv](../benchmarks/results/study/results.csv).", "",
+        "`benchmarks/results/study/results.csv`.", "",
         f"{options['arch']} on {data}: epochs {options['epochs']}, batch {options['batch']}, seeds {len(dense)}; "
         f"{spread(dense.values())} % unpruned. Precision {options['precision']}. Attributes, `taylor` and BatchNorm "
         f"statistics: {options['calibration']} training images. Accuracy: percent of {tested}. "
@@ -159,6 +159,12 @@ def verdict(results: Results) -> list[str]:
             ahead = spread((row["average"] for row in found), "+")
             lines.append(f"- {when}, rate {rates} (seeds: {len(found)}): {says} ({gain + 0.0:+.1f} points) {against}; "
                          f"{ahead} against their average.")  # fmt: skip
+            drawn, worst = (spread(results.values(setting, rates, name).values()) for name in BASELINES)
+            five = spread(row["accuracy"] - row["average"] for row in found)
+            lines.append(
+                f"  There the five average {five} %, filters drawn at random {drawn} %, "
+                f"pruning the highest norms {worst} %."
+            )
     return [*lines, ""]
 
 
@@ -169,11 +175,11 @@ def shares(results: Results) -> list[str]:
     return sorted((share for share in found if f"uniform, {share} of FLOPs" in names), reverse=True)
 
 
-def allocated(results: Results, setting: str, way: str, share: str) -> dict[int, float]:
+def allocated(results: Results, setting: str, way: str, share: str, column: str = "accuracy") -> dict[int, float]:
     """Accuracies at rates for a share of the FLOPs, by seed; they are of one criterion."""
     rates = f"{way}, {share} of FLOPs"
     method = next(key[2] for key in results.cell if key[1] == rates and key[2] != "unpruned")
-    return results.values(setting, rates, method)
+    return results.values(setting, rates, method, column)
 
 
 def gains(results: Results, setting: str, share: str) -> dict[int, float]:
@@ -188,15 +194,20 @@ def rates_section(results: Results) -> list[str]:
         for setting, name in (("once", "before any training"), ("finetune", "after fine-tuning")):
             difference = gains(results, setting, share)
             if difference:
-                cells = [spread(allocated(results, setting, way, share).values()) for way in ("uniform", "by layer")]
+                cells = []
+                for way in ("uniform", "by layer"):
+                    reached = allocated(results, "once", way, share, "flops").values()
+                    cells += [f"{100 * mean(reached):.1f}", spread(allocated(results, setting, way, share).values())]
                 worst = f"{min(difference.values()):+.1f}"
                 rows.append((share, name, len(difference), *cells, spread(difference.values(), "+"), worst))
     if not rows:
         return []
-    head = ("FLOPs left", "", "seeds", "one rate for all", "rates by layer", "difference", "worst seed")
+    head = ("asked", "", "seeds", "FLOPs left, %", "one rate for all", "FLOPs left, %", "rates by layer", "difference",
+            "worst seed")  # fmt: skip
     text = (
         "`mfp.find_rates` against `mfp.find_rate`, both with `l2_distance` and re-estimated BatchNorm statistics, to "
-        "the same share of the multiply-adds of the compact network."
+        "the same share of the multiply-adds of the compact network. A uniform rate moves many layers by a "
+        "filter at once and may stop well below the share that was asked for, which counts against it here."
     )
     return ["## Rates that suit the layers", "", text, "", *table(head, rows)]
 
