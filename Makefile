@@ -61,6 +61,7 @@ RESULTS := benchmarks/results
 results: $(VENV)/installed  ## measure all of benchmarks/results/ anew, and write the documents
 	$(BIN)/mfp bench --json $(RESULTS)/scoring.json
 	$(BIN)/mfp bench --overhead --json $(RESULTS)/overhead.json
+	$(BIN)/mfp bench --training --json $(RESULTS)/training.json
 	$(BIN)/mfp bench --compact --batch 1,8 --json $(RESULTS)/compact.json
 	$(BIN)/mfp bench --engines --arch resnet50,resnet18,mobilenet_v2 --batch 1,8 --json $(RESULTS)/engines.json
 	$(BIN)/python benchmarks/compare_torch_pruning.py resnet18 resnet50 mobilenet_v2 regnet_y_400mf \
@@ -94,23 +95,21 @@ sdist-test: $(VENV)/installed
 	.venv-sdist/bin/python .ci/check_sdist.py build/sdist/mfp-*.tar.gz
 
 # The CPU kernels without torch, at every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer.
-SANITIZED := score isa optim pixel_order $(foreach kernels,pair_sums optim scatter conv,$(foreach isa,portable avx2 avx512,$(kernels)_$(isa)))
+SANITIZED := $(filter-out %_ops.cpp,$(shell find csrc/cpu -name '*.cpp'))
 SANITIZE := -std=c++17 -O1 -g -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall \
-	-fsanitize=address,undefined -fno-sanitize-recover=all
+	-fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
 
-sanitize: build/sanitize/driver  ## the CPU kernels over awkward shapes, under sanitizers
+sanitize:  ## the CPU kernels over awkward shapes, under sanitizers
+	$(PYTHON) csrc/cpu/instruction_sets.py build/kernels
+	$(MAKE) build/sanitize/driver
 	build/sanitize/driver
 
-build/sanitize/driver: $(SANITIZED:%=build/sanitize/%.o) build/sanitize/driver.o
+build/sanitize/driver: $(patsubst %.cpp,build/sanitize/%.o,$(SANITIZED) $(wildcard build/kernels/*.cpp tests/sanitize/*.cpp))
 	$(CXX) $(SANITIZE) $^ -o $@
 
-build/sanitize/%.o: csrc/cpu/%.cpp $(wildcard csrc/*.h csrc/cpu/*.h)
+build/sanitize/%.o: %.cpp $(shell find csrc tests/sanitize -name '*.h')
 	@mkdir -p $(@D)
-	$(CXX) $(SANITIZE) -Icsrc -c $< -o $@
-
-build/sanitize/driver.o: tests/sanitize/driver.cpp $(wildcard csrc/*.h csrc/cpu/*.h)
-	@mkdir -p $(@D)
-	$(CXX) $(SANITIZE) -Icsrc -c $< -o $@
+	$(CXX) $(SANITIZE) -c $< -o $@
 
 # The stamp is renewed, and the package rebuilt, when the metadata or a compiled source changes.
 $(VENV)/installed: pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')

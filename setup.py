@@ -15,6 +15,7 @@ built against, and an isolated build may fetch another one.
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -91,7 +92,9 @@ def extension():
     print(f"CUDA kernels: {'no, because ' + reason if reason else 'yes, ' + os.environ['TORCH_CUDA_ARCH_LIST']}")
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
+    sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/**/*.cpp"))
+    instruction_sets = ROOT / "csrc" / "cpu" / "instruction_sets.py"
+    sources += runpy.run_path(str(instruction_sets))["write_sources"](ROOT / "build" / "kernels")
     cxx = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall"]
     macros = [("MFP_TORCH_VERSION", f'"{torch.__version__}"')]
     kind, arguments = CppExtension, {"cxx": cxx}
@@ -109,7 +112,7 @@ def extension():
         "mfp._C",
         sources=[str(path.relative_to(ROOT)) for path in sources],
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        depends=[str(path.relative_to(ROOT)) for path in sorted(headers)],
+        depends=[str(path.relative_to(ROOT)) for path in [*sorted(headers), instruction_sets]],
         define_macros=macros,
         extra_compile_args=arguments,
         extra_link_args=["-fopenmp"],

@@ -3,9 +3,13 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
-#include "cpu/limits.h"
+#include "cpu/limits/limits.h"
 
 namespace py = pybind11;
+
+namespace mfp {
+void define_tape(py::module& module);  // tape.cpp
+}
 
 static py::dict build_info() {
   py::dict info;
@@ -38,4 +42,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info, "torch, compiler, CUDA architectures and CPU instruction set of this build");
   module.def("measure_limits", &measure_limits, py::arg("num_threads"),
              "float operations per second of this machine: adds, fmas, and pairs of both");
+  mfp::define_tape(module);
 }

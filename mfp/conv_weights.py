@@ -9,7 +9,10 @@ from torch import Tensor
 
 CONV_BLOCK = 16  # filters, or a depthwise conv's channels, that lie side by side in packed weights
 WINOGRAD_OUT = 4  # by as many outputs at once: F(4x4, 3x3)
-WINOGRAD_POINTS = (0.75, 1.5)  # with either sign, beside 0 and infinity; csrc/cpu/winograd_kernels.h knows them too
+WINOGRAD_POINTS = (
+    0.75,
+    1.5,
+)  # with either sign, beside 0 and infinity; known to winograd_kernels.h too
 
 
 def conv2d_sizes(

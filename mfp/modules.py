@@ -158,8 +158,10 @@ class ConvWithBorder(nn.Module):
 
 
 def only_runs() -> bool:
-    """Whether the call just computes: no gradient, no compilation, no export."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
+    """Whether the call just computes: no gradient, no compilation, no export, no torch.func."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def fits_op(residual: Tensor) -> bool:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 import mfp
 from mfp import bench
-from mfp.bench import engines, jobs, measure, overhead, results, table
+from mfp.bench import engines, jobs, layers, measure, overhead, results, table
 from mfp.bench.oracle import Sample
 from mfp.criteria import criterion
 from mfp.errors import MfpError
@@ -164,3 +164,19 @@ def test_training_steps_of_the_networks(monkeypatch, capsys):
     assert all(row["seconds"] == row["forward"] + row["backward"] + row["step"] > 0 for row in rows.values())
     training.print_table(report, Console(width=120))
     assert "smaller, coupled" in capsys.readouterr().out
+
+
+def test_layer_by_layer(bench_rows, monkeypatch):
+    monkeypatch.setattr(layers, "build_model", lambda name, classes: CifarResNet(8, classes))
+    monkeypatch.setattr(layers, "SIZE", 32)
+    monkeypatch.setattr(layers, "CALLS", 2)
+    report, printed = bench_rows("--layers", "--arch", "resnet20", "--batch", "1,2")
+    for batch in (1, 2):
+        rows = [row for row in report["rows"] if row["batch"] == batch]
+        convs = [row for row in rows if row["convolution"]]
+        assert len(convs) == 7
+        assert all(row["ms"] > 0 for row in rows)
+        assert all(row["gmacs"] > 0 for row in convs)
+        assert all(row["openvino_ms"] > 0 for row in convs)
+        assert all(row["layer"] in printed for row in convs)
+    assert "of the peak" in printed

@@ -380,7 +380,7 @@ def test_info_works_without_the_extra():
     assert "backend reference: runs" in process.stdout
     listed = [line for line in process.stdout.splitlines() if line.startswith("backend ")]
     remedies = [line.split()[2] for line in process.stdout.splitlines() if line.startswith("to run ")]
-    assert remedies == [line.split()[1] + ":" for line in listed if not line.endswith(": runs")]
+    assert remedies == [line.split()[1] for line in listed if not line.endswith(": runs")]
     assert "pip install 'mfp[train]'" in process.stderr
     assert len(process.stderr.splitlines()) == 1
 

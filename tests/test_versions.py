@@ -7,8 +7,9 @@ the meta device stand for CUDA, too. Triton's functions are called directly: tri
 import pytest
 import torch
 
-from mfp import reference
+from mfp import backend, reference
 
+backend.build_info()  # loads the compiled part
 KEEP = torch.tensor([True, False, True, True])
 SGD = (0.1, 0.9, 0.0, 0.0, False, False, False)
 ADAMW = (1e-3, 0.9, 0.999, 1e-8, 0.01, False, 1)

@@ -25,13 +25,15 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write a result file, as those of benchmarks/results/")
     parser.add_argument("--overhead", action="store_true", help="what pruning adds to an ImageNet epoch, instead")
     parser.add_argument("--compact", action="store_true", help="dense against compact networks, instead")
+    parser.add_argument("--layers", action="store_true", help="the serving form layer by layer, instead")
     parser.add_argument("--training", action="store_true", help="training steps of the smaller network, instead")
     parser.add_argument("--engines", nargs="?", const="", metavar="NAMES", help=ENGINES_HELP)
-    parser.add_argument("--batch", help="images in a batch, with commas (default: 8; of --engines 1,8)")
+    parser.add_argument("--batch", help="images in a batch, with commas (default: 8; of --engines and --layers 1,8)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for --engines (default: cpu)")
     options = parser.parse_args(arguments)
+    usual = "1,8" if options.layers or options.engines is not None else "8"
     try:
-        batches = [int(part) for part in (options.batch or ("1,8" if options.engines is not None else "8")).split(",")]
+        batches = [int(part) for part in (options.batch or usual).split(",")]
     except ValueError:
         parser.error(f"--batch {options.batch}: write a number, or several with commas")
     archs = options.arch.split(",") if options.arch else None
@@ -45,6 +47,11 @@ def main(arguments: Sequence[str]) -> None:
         networks = archs or engines.NETWORKS
         report = engines.measure_networks(networks, chosen, options.rate, batches, console, options.device)
         printer = engines.print_table
+    elif options.layers:
+        from mfp.bench import layers
+
+        report = layers.measure(options.arch or "resnet50", options.rate, batches, console)
+        printer = layers.print_table
     elif options.compact:
         from mfp.bench import compaction
 

@@ -39,7 +39,8 @@ def measure(arch: str, rate: float, batch: int, console: Console) -> dict[str, A
         torch.manual_seed(0)
         return build_model(arch, classes).to(memory_format=torch.channels_last).train()
 
-    rows, steps = {}, {}
+    rows: dict[str, dict[str, float]] = {}
+    steps: dict[str, Callable[[], tuple[float, ...]]] = {}
     for residual in RESIDUAL:
         with console.status(f"{arch}, {residual}: shrinking"):
             model = dense()

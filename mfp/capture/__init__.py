@@ -26,7 +26,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
 from mfp.capture.call_form import unlift
-from mfp.capture.fast_shapes import fast_shapes
+from mfp.capture.fast_shapes import fast_shapes, without_layouts
 from mfp.capture.functional import DROPOUTS, aliased_arguments, decompose, inline_blocks, make_functional
 from mfp.capture.sizes import MULTIPLE, TooInvolved, holds_sizes, in_words, refuse_involved_sizes, size_rules
 from mfp.errors import CaptureError, MfpError
@@ -72,7 +72,7 @@ def capture(
         MfpError: the model's outputs cannot be built, or it writes its buffers.
     """
     marked = _marked_drops(model) if for_training else nullcontext()
-    with plain_tensors(), eval_mode(model), torch.no_grad(), _quiet(), marked:
+    with plain_tensors(), eval_mode(model), torch.no_grad(), _quiet(), without_layouts(), marked:
         program, fixed = _export(model, arguments, free_sizes)
         inline_blocks(program)
         functional = make_functional(program.graph, set(program.graph_signature.inputs_to_buffers))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mfp import backend as backends
 from mfp import ops
@@ -129,7 +130,8 @@ class ServingConv2d(nn.Conv2d):
         state, packed, _ = self._packed  # once: another thread may renew it
         now = (*sizes, *version_of(self.weight), *version_of(self.bias))
         if state != now:
-            packed = pack(*sizes)
+            with _disable_current_modes():  # what records the network's operators takes the result as it is
+                packed = pack(*sizes)
             memory = [None if p is None else p.detach() for p in (self.weight, self.bias)]  # not to be given to others
             self._packed = (now, packed, memory)
         return packed

@@ -13,6 +13,7 @@ from mfp.capture import aliased_arguments, eval_mode
 from mfp.modules import ResidualJoin
 from mfp.serving.fold import fold_batchnorm
 from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d
+from mfp.serving.network import ServingNetwork
 
 aten = torch.ops.aten
 
@@ -25,7 +26,7 @@ IN_PLACE = {
 
 
 @torch.no_grad()
-def prepare_for_serving(small: fx.GraphModule, arguments: dict[str, Any]) -> fx.GraphModule:
+def prepare_for_serving(small: fx.GraphModule, arguments: dict[str, Any]) -> ServingNetwork:
     """The serving form of a compact network that has no operator in place; ``small`` is used up."""
     with eval_mode(small):
         fold_batchnorm(small)
@@ -40,7 +41,7 @@ def prepare_for_serving(small: fx.GraphModule, arguments: dict[str, Any]) -> fx.
         join_in_convs(small)
         reuse_memory(small)
     small.graph.lint()
-    return fx.GraphModule(small, small.graph, type(small).__name__)  # with what it uses alone
+    return ServingNetwork(small, small.graph, type(small).__name__)  # with what it uses alone
 
 
 def shape(node: fx.Node) -> torch.Size | None:

@@ -1,0 +1,70 @@
+// A 2d convolution with channels innermost, in one pass with what follows it: a clamp, or a join into a residual.
+//
+// It is a matrix product without a matrix of patches: a tile of up to 8 output pixels by 48 filters stays in registers,
+// and for each tap of the kernel the pixels' input rows are found by pointer. Pixels near the border are put into tiles
+// with others that lack the same taps, and those taps are skipped. Each output is summed in one order, whatever the
+// batch, the tiles and the number of threads; to skip a tap or to add zeros for it is the same where weights are
+// finite.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace mfp::cpu {
+
+constexpr int kBlock = 16;       // filters that lie side by side in the packed weights
+constexpr int kWinogradOut = 4;  // by as many outputs at once
+
+struct Conv {
+  const float* input;  // [batch, height, width, channels]
+  const float*
+      weights;        // [filters / 16, kernel height, kernel width, channels, 16]; depthwise: [height, width, channels]
+  const float* bias;  // [filters rounded up to 16]
+  const float* zeros;  // [channels]: a pixel of the padding
+  float* output;       // [batch, out height, out width, filters], or the residual [..., residual channels]
+  int64_t batch, channels, filters;
+  int64_t size[2], out_size[2];  // height, width
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  float low, high;  // the output is clamped between them
+  bool winograd;    // the weights are those of Winograd's F(4x4, 3x3): 6 by 6 of them, for a 3x3 kernel of stride 1
+
+  // residual[:, index] += the convolution's result, then ReLU if asked; unused where landing is null.
+  const uint16_t* landing;  // a bit per residual channel: whether the next filter lands there; and one word more
+  const int64_t* index;     // [filters]
+  int64_t residual_channels;
+  bool relu;
+
+  int64_t taps() const { return kernel[0] * kernel[1]; }
+  int64_t row_taps() const { return dilation[1] == 1 ? kernel[1] : 1; }  // how many lie side by side in the input
+  int64_t out_channels() const { return landing == nullptr ? filters : residual_channels; }
+  int64_t pixels() const { return batch * out_size[0] * out_size[1]; }
+};
+
+// The most output pixels of a register tile.
+constexpr int tile_pixels(Isa isa) { return isa == Isa::avx512 ? 8 : isa == Isa::avx2 ? 6 : 4; }
+
+class PixelOrder;  // pixel_order.h
+
+// The work is a grid of tasks: ranges of pixel tiles by ranges of filters.
+struct ConvTasks {
+  int64_t tile_ranges, filter_ranges;
+  int64_t count() const { return tile_ranges * filter_ranges; }
+};
+
+// conv_tasks: a grid with enough tasks for the threads. conv_task: computes one of them. The same for winograd_, where
+// the tiles are of 4x4 outputs. depthwise_rows: some rows of the output, of all images.
+#define MFP_DECLARE(isa)                                                                           \
+  namespace isa {                                                                                  \
+  ConvTasks conv_tasks(const Conv& conv, int64_t tiles, int threads);                              \
+  void conv_task(const Conv& conv, const PixelOrder& order, const ConvTasks& tasks, int64_t task); \
+  ConvTasks winograd_tasks(const Conv& conv, int threads);                                         \
+  void winograd_task(const Conv& conv, const ConvTasks& tasks, int64_t task);                      \
+  void depthwise_rows(const Conv& conv, int64_t first, int64_t last);                              \
+  }
+MFP_DECLARE(portable)
+MFP_DECLARE(avx2)
+MFP_DECLARE(avx512)
+#undef MFP_DECLARE
+
+}  // namespace mfp::cpu

@@ -1,0 +1,182 @@
+// conv2d, conv2d_join_ and depthwise_conv2d on CPU tensors. The schemas are in mfp/ops.py.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <ATen/ops/empty.h>
+
+#include <array>
+#include <atomic>
+#include <limits>
+#include <vector>
+
+#include "cpu/conv/conv.h"
+#include "cpu/conv/pixel_order.h"
+#include "cpu/join/landing.h"
+#include "cpu/pool.h"
+
+namespace mfp::cpu {
+namespace {
+
+constexpr int64_t kDepthwiseRows = 14;  // a task's: few enough that their input stays in the second-level cache
+
+typedef at::IntArrayRef Sizes;
+
+// All that the kernels share, but the output. The tensors must outlive it.
+Conv describe(const char* op, const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, Sizes kernel,
+              Sizes stride, Sizes padding, Sizes dilation) {
+  for (const at::Tensor& tensor : {input, weights, bias}) {
+    TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_cpu(), op, ": a tensor is ", tensor.scalar_type(),
+                " on ", tensor.device(), "; expected float32 on the CPU");
+  }
+  Conv conv = {};
+  conv.low = -std::numeric_limits<float>::infinity(), conv.high = std::numeric_limits<float>::infinity();
+  conv.weights = weights.const_data_ptr<float>(), conv.bias = bias.const_data_ptr<float>();
+  conv.batch = input.size(0), conv.channels = input.size(1);
+  TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
+              ": expected two numbers each for stride, padding and dilation");
+  for (int d = 0; d < 2; ++d) {
+    TORCH_CHECK(stride[d] > 0 && padding[d] >= 0 && dilation[d] > 0, op, ": stride ", stride, ", padding ", padding,
+                ", dilation ", dilation);
+    conv.size[d] = input.size(2 + d), conv.kernel[d] = kernel[d];
+    conv.stride[d] = stride[d], conv.padding[d] = padding[d], conv.dilation[d] = dilation[d];
+    const int64_t room = conv.size[d] + 2 * padding[d] - dilation[d] * (conv.kernel[d] - 1) - 1;
+    TORCH_CHECK(room >= 0 && conv.kernel[d] > 0, op, ": the kernel ", kernel, " does not fit the input ",
+                input.sizes());
+    conv.out_size[d] = room / stride[d] + 1;
+  }
+  return conv;
+}
+
+// The same where all channels meet in each filter.
+Conv describe_full(const char* op, const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias,
+                   int64_t filters, Sizes stride, Sizes padding, Sizes dilation, bool winograd) {
+  TORCH_CHECK(input.dim() == 4 && weights.dim() == 5 && weights.size(4) == kBlock && weights.is_contiguous() &&
+                  weights.size(0) > 0 && input.size(1) == weights.size(3),
+              op, ": input is ", input.sizes(), ", weights ", weights.sizes(),
+              "; expected [B, C, H, W] and [blocks, kernel height, kernel width, C, 16], contiguous");
+  TORCH_CHECK(bias.dim() == 1 && bias.is_contiguous() && bias.numel() == weights.size(0) * kBlock, op, ": bias is ",
+              bias.sizes(), "; expected [", weights.size(0) * kBlock, "]");
+  TORCH_CHECK(filters > bias.numel() - kBlock && filters <= bias.numel(), op, ": ", filters, " filters in ",
+              weights.size(0), " blocks of 16");
+  const Sizes kernel = weights.sizes().slice(1, 2);
+  const std::vector<int64_t> ones = {1, 1}, patch(2, kWinogradOut + 2), three = {3, 3};
+  TORCH_CHECK(!winograd || (kernel.equals(patch) && stride.equals(ones) && dilation.equals(ones)), op, ": weights ",
+              weights.sizes(), ", stride ", stride, ", dilation ", dilation,
+              "; Winograd's form has 6x6 weights, stride 1 and dilation 1");
+  Conv conv = describe(op, input, weights, bias, winograd ? Sizes(three) : kernel, stride, padding, dilation);
+  conv.filters = filters, conv.winograd = winograd;
+  return conv;
+}
+
+struct alignas(64) Stretch {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+// Calls task(number) for all numbers below count. Each thread does its own stretch of them, whose data the layer before
+// has left in its caches, and then what is left of the others'. Results do not depend on who computes.
+template <class Task>
+void run_tasks(int64_t count, int threads, Task task) {
+  std::vector<Stretch> stretches(threads);
+  for (int i = 0; i < threads; ++i) {
+    stretches[i].next = count * i / threads, stretches[i].end = count * (i + 1) / threads;
+  }
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end + threads - 1; ++i) {
+      Stretch& stretch = stretches[i % threads];
+      for (int64_t number; (number = stretch.next++) < stretch.end;) task(number);
+    }
+  });
+}
+
+#define MFP_OF_ISA(isa, name) (isa == Isa::avx512 ? avx512::name : isa == Isa::avx2 ? avx2::name : portable::name)
+
+void run(Conv conv) {
+  if (conv.pixels() == 0) return;
+  const std::vector<float> zeros(conv.channels);
+  conv.zeros = zeros.data();
+  const Isa isa = current_isa();
+  const int threads = at::get_num_threads();
+  if (conv.winograd) {
+    const ConvTasks tasks = MFP_OF_ISA(isa, winograd_tasks)(conv, threads);
+    const auto task = MFP_OF_ISA(isa, winograd_task);
+    return run_tasks(tasks.count(), threads, [&](int64_t number) { task(conv, tasks, number); });
+  }
+  const PixelOrder order(conv, tile_pixels(isa));
+  const ConvTasks tasks = MFP_OF_ISA(isa, conv_tasks)(conv, order.tiles(), threads);
+  const auto task = MFP_OF_ISA(isa, conv_task);
+  run_tasks(tasks.count(), threads, [&](int64_t number) { task(conv, order, tasks, number); });
+}
+
+at::Tensor empty_output(const Conv& conv, const at::Tensor& input) {
+  const std::array<int64_t, 4> sizes = {conv.batch, conv.filters, conv.out_size[0], conv.out_size[1]};
+  if (current_pool() != nullptr && c10::multiply_integers(sizes) * 4 >= Pool::kLeast) {
+    return current_pool()->empty(sizes);
+  }
+  return at::empty(sizes, input.options().memory_format(at::MemoryFormat::ChannelsLast));
+}
+
+at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, int64_t filters,
+                  Sizes stride, Sizes padding, Sizes dilation, double low, double high, bool winograd) {
+  Conv conv = describe_full("conv2d", input, weights, bias, filters, stride, padding, dilation, winograd);
+  const at::Tensor rows = input.contiguous(at::MemoryFormat::ChannelsLast), output = empty_output(conv, input);
+  conv.input = rows.const_data_ptr<float>(), conv.output = output.mutable_data_ptr<float>();
+  conv.low = static_cast<float>(low), conv.high = static_cast<float>(high);
+  run(conv);
+  return output;
+}
+
+at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, Sizes stride,
+                            Sizes padding, Sizes dilation, double low, double high) {
+  TORCH_CHECK(input.dim() == 4 && weights.dim() == 3 && weights.is_contiguous() &&
+                  weights.size(2) == (input.size(1) + kBlock - 1) / kBlock * kBlock,
+              "depthwise_conv2d: input is ", input.sizes(), ", weights ", weights.sizes(),
+              "; expected [B, C, H, W] and [kernel height, kernel width, C filled up to a multiple of 16], contiguous");
+  TORCH_CHECK(bias.dim() == 1 && bias.is_contiguous() && bias.numel() == weights.size(2), "depthwise_conv2d: bias is ",
+              bias.sizes(), "; expected [", weights.size(2), "]");
+  Conv conv =
+      describe("depthwise_conv2d", input, weights, bias, weights.sizes().slice(0, 2), stride, padding, dilation);
+  conv.filters = conv.channels, conv.low = static_cast<float>(low), conv.high = static_cast<float>(high);
+  const at::Tensor rows = input.contiguous(at::MemoryFormat::ChannelsLast), output = empty_output(conv, input);
+  conv.input = rows.const_data_ptr<float>(), conv.output = output.mutable_data_ptr<float>();
+  if (conv.pixels() == 0 || conv.channels == 0) return output;
+  const auto compute = MFP_OF_ISA(current_isa(), depthwise_rows);
+  const int64_t out_rows = conv.batch * conv.out_size[0], threads = at::get_num_threads();
+  const int64_t tasks = std::min(out_rows, std::max(4 * threads, out_rows / kDepthwiseRows));
+  run_tasks(tasks, threads,
+            [&](int64_t task) { compute(conv, out_rows * task / tasks, out_rows * (task + 1) / tasks); });
+  return output;
+}
+
+void conv2d_join_(const at::Tensor& residual, const at::Tensor& input, const at::Tensor& weights,
+                  const at::Tensor& bias, const at::Tensor& index, Sizes stride, Sizes padding, Sizes dilation,
+                  bool relu, bool winograd) {
+  TORCH_CHECK(index.dim() == 1 && index.scalar_type() == at::kLong && index.is_cpu() && index.is_contiguous(),
+              "conv2d_join_: index is ", index.sizes(), " ", index.scalar_type(),
+              "; expected an int64 channel for each filter");
+  Conv conv = describe_full("conv2d_join_", input, weights, bias, index.numel(), stride, padding, dilation, winograd);
+  TORCH_CHECK(residual.dim() == 4 && residual.scalar_type() == at::kFloat && residual.is_cpu() &&
+                  residual.is_contiguous(at::MemoryFormat::ChannelsLast) && residual.size(0) == conv.batch &&
+                  residual.size(2) == conv.out_size[0] && residual.size(3) == conv.out_size[1],
+              "conv2d_join_: residual is ", residual.sizes(), " ", residual.scalar_type(), " with strides ",
+              residual.strides(), "; expected channels_last float32 [", conv.batch, ", C, ", conv.out_size[0], ", ",
+              conv.out_size[1], "]");
+  conv.residual_channels = residual.size(1), conv.index = index.const_data_ptr<int64_t>(), conv.relu = relu;
+  const std::vector<uint16_t> landing = landing_bits("conv2d_join_", index, conv.residual_channels);
+  const at::Tensor rows = input.contiguous(at::MemoryFormat::ChannelsLast);
+  conv.landing = landing.data();
+  conv.input = rows.const_data_ptr<float>(), conv.output = residual.mutable_data_ptr<float>();
+  run(conv);
+  if (!residual.is_inference()) residual.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mfp, CPU, m) {
+  m.impl("conv2d", &conv2d);
+  m.impl("conv2d_join_", &conv2d_join_);
+  m.impl("depthwise_conv2d", &depthwise_conv2d);
+}
+
+}  // namespace mfp::cpu

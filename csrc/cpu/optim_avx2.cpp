@@ -1,4 +1,0 @@
-#define MFP_LANES 8
-#define MFP_ISA avx2
-#define MFP_TARGET "avx2,fma"
-#include "cpu/optim_kernels.h"

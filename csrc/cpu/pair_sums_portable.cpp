@@ -1,4 +1,0 @@
-// 128-bit vectors: SSE2, NEON, or whatever the compiler makes of them.
-#define MFP_LANES 4
-#define MFP_ISA portable
-#include "cpu/pair_sums.h"

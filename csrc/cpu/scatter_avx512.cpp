@@ -1,4 +1,0 @@
-#define MFP_LANES 16
-#define MFP_ISA avx512
-#define MFP_TARGET "avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512"
-#include "cpu/scatter_kernels.h"

@@ -1,0 +1,182 @@
+"""The serving form as a module: its graph, read node by node at first, then replayed in one call.
+
+The first call with some sizes of the inputs runs the graph, the second one also writes every operator that is called
+on a tape (csrc/tape.cpp), and later ones replay the tape, with no Python between layers. What must not be replayed, or
+gains nothing by it, runs as the graph: gradients, compilation and export, other devices, hooks, layers of other people,
+operators whose result decides about what comes next.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from mfp import backend as backends
+from mfp.modules import only_runs
+
+MOST_TAPES = 8  # of one network, each for some sizes of the inputs
+DATA_DECIDES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int)
+
+
+class ServingNetwork(fx.GraphModule):
+    """A graph whose calls without gradients on a CPU are replayed; ``forward`` is the readable form."""
+
+    def __call__(self, *args, **kwargs):
+        if kwargs or not replays(args):
+            return super().__call__(*args, **kwargs)
+        state = state_of(self)
+        if state is None:
+            return super().__call__(*args)
+        tapes = _tapes.get(self)
+        if tapes is None:
+            tapes = _tapes[self] = Tapes()
+        sizes = tuple((x.dtype, x.shape, x.stride()) for x in args)
+        recording = tapes.find(sizes, state)
+        if recording is None:  # what the layers keep from call to call (packed weights, border maps) is made now
+            tapes.add(sizes, state, NOT_YET)
+            return super().__call__(*args)
+        if recording is NOT_YET:
+            result, recording = record(self, args, tapes.memory)
+            tapes.add(sizes, state, recording)
+            return result
+        return super().__call__(*args) if recording.tape is None else recording.replay(args)
+
+
+def replays(args: Sequence[Any]) -> bool:
+    """Whether the call is one that a tape can serve."""
+    if not only_runs() or not args or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    if not all(type(x) is Tensor and x.is_cpu for x in args):
+        return False
+    return backends.choose(args[0].device).name == "cpu"
+
+
+def state_of(network: nn.Module) -> list[Any] | None:
+    """Changes when a parameter, a buffer or a mode does; None where a hook is to be called."""
+    found: list[Any] = [os.environ.get("MFP_WINOGRAD")]
+    if network._forward_hooks or network._forward_pre_hooks or not _add_state(network, found):
+        return None
+    return found
+
+
+def _add_state(module: nn.Module, found: list[Any]) -> bool:
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    found.append(module.training)
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is not None:
+                version = 0 if tensor.is_inference() else tensor._version
+                found.append((tensor.data_ptr(), version, tensor.device.type))
+    return all(_add_state(part, found) for part in module._modules.values())
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A tape, the names of its steps' nodes, and what the network returns; no tape where none can be made."""
+
+    tape: Any = None
+    steps: tuple[str, ...] = ()
+    leaves: tuple[Any, ...] = ()
+    spec: TreeSpec | None = None
+    kept: tuple[Any, ...] = ()  # the parameters' memory, not to be given to others
+
+    def replay(self, args: Sequence[Tensor]) -> Any:
+        made = iter(self.tape.run(args))
+        return tree_unflatten([next(made) if isinstance(x, Tensor) else x for x in self.leaves], self.spec)
+
+
+NOT_YET = Recording()  # the sizes were seen once
+
+
+class Tapes:
+    """The recordings of one network, those used last."""
+
+    def __init__(self) -> None:
+        from mfp import _C
+
+        self.lock, self.state, self.recordings, self.memory = Lock(), None, OrderedDict(), _C.Memory()
+
+    def find(self, sizes: tuple, state: list[Any]) -> Recording | None:
+        with self.lock:
+            if self.state != state:
+                self.recordings.clear()
+                self.state = state
+            found = self.recordings.get(sizes)
+            if found is not None:
+                self.recordings.move_to_end(sizes)
+            return found
+
+    def add(self, sizes: tuple, state: list[Any], recording: Recording) -> None:
+        with self.lock:
+            if self.state == state:
+                self.recordings[sizes] = recording
+                while len(self.recordings) > MOST_TAPES:
+                    self.recordings.popitem(last=False)
+
+
+_tapes: WeakKeyDictionary[nn.Module, Tapes] = WeakKeyDictionary()
+
+
+def record(network: ServingNetwork, args: Sequence[Tensor], memory: Any) -> tuple[Any, Recording]:
+    """What the network returns, and how to get it again from other inputs of these sizes."""
+    from mfp import _C
+    from mfp.graph_json import MODULES  # the layers that are known to compute the same thing at each call
+
+    recorder = Recorder(_C.Tape(memory, list(args)))
+    recorder.possible = all(MODULES.get(type(part).__name__) is type(part) for part in list(network.modules())[1:])
+    with recorder:
+        result = NamedRun(network, recorder).run(*args)
+    leaves, spec = tree_flatten(result)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not recorder.possible or any(isinstance(leaf, torch.SymInt) for leaf in leaves):
+        return result, Recording()
+    recorder.tape.finish(tensors)
+    shapes = tuple(leaf.new_empty(0) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    kept = tuple(tensor.detach() for tensor in [*network.parameters(), *network.buffers()])
+    return result, Recording(recorder.tape, tuple(recorder.steps), shapes, spec, kept)
+
+
+class NamedRun(fx.Interpreter):
+    """Runs the graph and tells the recorder which node is at work."""
+
+    def __init__(self, network: fx.GraphModule, recorder: Recorder) -> None:
+        super().__init__(network)
+        self.recorder = recorder
+
+    def run_node(self, node: fx.Node) -> Any:
+        self.recorder.node = node.name
+        return super().run_node(node)
+
+
+class Recorder(TorchDispatchMode):
+    """Writes each operator that is called on a tape."""
+
+    def __init__(self, tape: Any) -> None:
+        super().__init__()
+        self.tape, self.steps, self.node, self.possible = tape, [], "", True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in SIZES:  # the same each time: a tape is for some sizes
+            return result
+        parts = [part for part in tree_leaves(result) if part is not None]
+        if any(tag in func.tags for tag in DATA_DECIDES) or not all(isinstance(part, Tensor) for part in parts):
+            self.possible = False
+        if self.possible:
+            self.tape.add(func._schema.name, func._schema.overload_name, args, kwargs or {}, parts)
+            self.steps.append(self.node)
+        return result

@@ -1,0 +1,220 @@
+#include "cpu/conv/conv.h"
+
+#include "common.h"
+#include "cpu/conv/pixel_order.h"
+
+static std::vector<float> small_integers(int64_t count, std::mt19937& random) {
+  std::vector<float> numbers(count);
+  for (float& number : numbers) number = static_cast<int>(random() % 9) - 4.0f;
+  numbers.shrink_to_fit();
+  return numbers;
+}
+
+// 3x3 kernels [blocks, 3, 3, channels, 16] at the points of Winograd's F(4x4, 3x3): [blocks, 6, 6, channels, 16].
+static std::vector<float> winograd_weights(const std::vector<float>& weights, int64_t blocks, int64_t row) {
+  const double points[5] = {0, 0.75, -0.75, 1.5, -1.5};
+  double rows[6][3] = {{}, {}, {}, {}, {}, {0, 0, 1}};
+  for (int p = 0; p < 5; ++p) {
+    double divisor = 1;
+    for (int q = 0; q < 5; ++q) divisor *= p == q ? 1 : points[p] - points[q];
+    for (int k = 0; k < 3; ++k) rows[p][k] = std::pow(points[p], k) / divisor;
+  }
+  std::vector<float> found(blocks * 36 * row);
+  for (int64_t i = 0; i < static_cast<int64_t>(found.size()); ++i) {
+    const int64_t block = i / row / 36, place = i / row % 36;
+    double sum = 0;
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      sum += rows[place / 6][tap / 3] * rows[place % 6][tap % 3] * weights[(block * 9 + tap) * row + i % row];
+    }
+    found[i] = static_cast<float>(sum);
+  }
+  return found;
+}
+
+#define OF_ISA(isa, name) (isa == Isa::avx512 ? avx512::name : isa == Isa::avx2 ? avx2::name : portable::name)
+
+static void run_conv(const Conv& conv, Isa isa, int threads) {
+  if (conv.winograd) {
+    const ConvTasks tasks = OF_ISA(isa, winograd_tasks)(conv, threads);
+    for (int64_t i = tasks.count(); i-- > 0;) OF_ISA(isa, winograd_task)(conv, tasks, i);
+    return;
+  }
+  const PixelOrder order(conv, tile_pixels(isa));
+  const ConvTasks tasks = OF_ISA(isa, conv_tasks)(conv, order.tiles(), threads);
+  for (int64_t i = tasks.count(); i-- > 0;) OF_ISA(isa, conv_task)(conv, order, tasks, i);
+}
+
+// One shape at every instruction set, alone and joined into a residual with every second channel; sums of small
+// integers are exact, but for Winograd's.
+static void check_conv(Conv conv, std::mt19937& random) {
+  for (int d = 0; d < 2; ++d) {
+    const int64_t reach = conv.dilation[d] * (conv.kernel[d] - 1);
+    conv.out_size[d] = (conv.size[d] + 2 * conv.padding[d] - reach - 1) / conv.stride[d] + 1;
+  }
+  const int64_t blocks = (conv.filters + kBlock - 1) / kBlock;
+  const auto input = small_integers(conv.batch * conv.size[0] * conv.size[1] * conv.channels, random);
+  const auto weights = small_integers(blocks * kBlock * conv.taps() * conv.channels, random);
+  const auto bias = small_integers(blocks * kBlock, random);
+  const std::vector<float> zeros(conv.channels);
+  conv.input = input.data(), conv.weights = weights.data(), conv.bias = bias.data(), conv.zeros = zeros.data();
+  conv.low = -INFINITY, conv.high = INFINITY;
+  std::vector<double> expected;
+  for (int64_t pixel = 0; pixel < conv.pixels(); ++pixel) {
+    const int64_t column = pixel % conv.out_size[1], row = pixel / conv.out_size[1] % conv.out_size[0];
+    const int64_t image = pixel / conv.out_size[1] / conv.out_size[0];
+    for (int64_t f = 0; f < conv.filters; ++f) {
+      double sum = bias[f];
+      for (int64_t tap = 0; tap < conv.taps(); ++tap) {
+        const int64_t y = row * conv.stride[0] - conv.padding[0] + tap / conv.kernel[1] * conv.dilation[0];
+        const int64_t x = column * conv.stride[1] - conv.padding[1] + tap % conv.kernel[1] * conv.dilation[1];
+        if (y < 0 || y >= conv.size[0] || x < 0 || x >= conv.size[1]) continue;
+        for (int64_t c = 0; c < conv.channels; ++c) {
+          const int64_t place = ((f / kBlock * conv.taps() + tap) * conv.channels + c) * kBlock + f % kBlock;
+          sum += input[((image * conv.size[0] + y) * conv.size[1] + x) * conv.channels + c] * weights[place];
+        }
+      }
+      expected.push_back(sum);
+    }
+  }
+  std::vector<float> transformed;
+  double tolerance = 0;
+  if (conv.winograd) {
+    transformed = winograd_weights(weights, blocks, conv.channels * kBlock);
+    conv.weights = transformed.data();
+    for (double value : expected) tolerance = std::fmax(tolerance, 1e-5 * std::fabs(value));
+  }
+  conv.residual_channels = 2 * conv.filters;
+  std::vector<int64_t> index;
+  std::vector<uint16_t> landing((conv.residual_channels + 15) / 16 + 1);
+  for (int64_t f = 0; f < conv.filters; ++f) {
+    index.push_back(2 * f + 1);
+    landing[index.back() / 16] |= 1 << index.back() % 16;
+  }
+  conv.index = index.data();
+  for (Isa isa : levels()) {
+    for (int joined = 0; joined < 3; ++joined) {  // no, yes, with ReLU
+      conv.landing = joined ? landing.data() : nullptr, conv.relu = joined == 2;
+      auto output = small_integers(conv.pixels() * conv.out_channels(), random);
+      const auto before = output;
+      conv.output = output.data();
+      for (int threads : {1, 7}) {
+        output = before;
+        run_conv(conv, isa, threads);
+        bool good = true;
+        for (size_t i = 0; i < output.size(); ++i) {
+          const int64_t channel = i % conv.out_channels(), pixel = i / conv.out_channels();
+          double right = joined ? before[i] : expected[i];
+          if (joined && channel % 2 == 1) right += expected[pixel * conv.filters + channel / 2];
+          good &= std::fabs(output[i] - (conv.relu ? std::fmax(right, 0) : right)) <= tolerance;
+        }
+        expect(good, std::string(conv.winograd ? "winograd " : "conv ") + isa_name(isa) + " " +
+                         std::to_string(conv.channels) + " to " + std::to_string(conv.filters) +
+                         (joined ? " joined" : ""));
+      }
+    }
+  }
+}
+
+static void check_convs(std::mt19937& random) {
+  for (int64_t filters : {1, 7, 8, 9, 16, 17, 24, 25, 32, 40, 41, 48, 49, 97}) {
+    check_conv({.batch = 2,
+                .channels = 5,
+                .filters = filters,
+                .size = {4, 7},
+                .kernel = {3, 3},
+                .stride = {1, 1},
+                .padding = {1, 1},
+                .dilation = {1, 1}},
+               random);
+    check_conv({.batch = 2,
+                .channels = 19,
+                .filters = filters,
+                .size = {5, 9},
+                .kernel = {3, 3},
+                .stride = {1, 1},
+                .padding = {1, filters % 3},
+                .dilation = {1, 1},
+                .winograd = true},
+               random);
+    check_conv({.batch = 1,
+                .channels = 17,
+                .filters = filters,
+                .size = {3, 3},
+                .kernel = {1, 1},
+                .stride = {1, 1},
+                .padding = {0, 0},
+                .dilation = {1, 1}},
+               random);
+  }
+  for (int64_t kernel : {1, 2, 5}) {
+    for (int64_t padding : {0, 1, 4}) {
+      check_conv({.batch = 3,
+                  .channels = 3,
+                  .filters = 10,
+                  .size = {9, 5},
+                  .kernel = {kernel, 3},
+                  .stride = {2, 3},
+                  .padding = {padding, 2},
+                  .dilation = {1, 2}},
+                 random);
+    }
+  }
+}
+
+static void check_depthwise(Conv conv, std::mt19937& random) {
+  for (int d = 0; d < 2; ++d) {
+    const int64_t reach = conv.dilation[d] * (conv.kernel[d] - 1);
+    conv.out_size[d] = (conv.size[d] + 2 * conv.padding[d] - reach - 1) / conv.stride[d] + 1;
+  }
+  const int64_t width = (conv.channels + kBlock - 1) / kBlock * kBlock;
+  const auto input = small_integers(conv.batch * conv.size[0] * conv.size[1] * conv.channels, random);
+  const auto weights = small_integers(conv.taps() * width, random), bias = small_integers(width, random);
+  conv.input = input.data(), conv.weights = weights.data(), conv.bias = bias.data();
+  conv.filters = conv.channels, conv.low = -3, conv.high = 20;
+  for (Isa isa : levels()) {
+    std::vector<float> output(conv.pixels() * conv.channels);
+    conv.output = output.data();
+    const int64_t rows = conv.batch * conv.out_size[0], some = rows / 3;
+    OF_ISA(isa, depthwise_rows)(conv, some, rows);
+    OF_ISA(isa, depthwise_rows)(conv, 0, some);
+    bool good = true;
+    for (size_t i = 0; i < output.size(); ++i) {
+      const int64_t c = i % conv.channels, pixel = i / conv.channels, column = pixel % conv.out_size[1];
+      const int64_t row = pixel / conv.out_size[1] % conv.out_size[0];
+      const int64_t image = pixel / conv.out_size[1] / conv.out_size[0];
+      double sum = bias[c];
+      for (int64_t tap = 0; tap < conv.taps(); ++tap) {
+        const int64_t y = row * conv.stride[0] - conv.padding[0] + tap / conv.kernel[1] * conv.dilation[0];
+        const int64_t x = column * conv.stride[1] - conv.padding[1] + tap % conv.kernel[1] * conv.dilation[1];
+        if (y < 0 || y >= conv.size[0] || x < 0 || x >= conv.size[1]) continue;
+        sum += input[((image * conv.size[0] + y) * conv.size[1] + x) * conv.channels + c] * weights[tap * width + c];
+      }
+      good &= output[i] == std::fmin(std::fmax(sum, -3), 20);
+    }
+    expect(good, std::string("depthwise conv ") + isa_name(isa) + " " + std::to_string(conv.channels));
+  }
+}
+
+static void check_depthwise_convs(std::mt19937& random) {
+  for (int64_t channels : {1, 4, 7, 8, 9, 16, 17, 33}) {
+    for (int64_t kernel : {1, 3, 5}) {
+      for (int64_t stride : {1, 2}) {
+        for (int64_t dilation : {1, 3}) {
+          check_depthwise({.batch = 2,
+                           .channels = channels,
+                           .size = {13, 21},
+                           .kernel = {kernel, kernel == 1 ? 4 : kernel},
+                           .stride = {stride, channels % 2 ? 1 : stride},
+                           .padding = {kernel / 2, stride + 1},
+                           .dilation = {1, dilation}},
+                          random);
+        }
+      }
+    }
+  }
+}
+
+void check_all_convs(std::mt19937& random) {
+  check_convs(random);
+  check_depthwise_convs(random);
+}

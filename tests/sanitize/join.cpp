@@ -1,0 +1,46 @@
+#include "cpu/join/scatter.h"
+
+#include "common.h"
+
+static void check_joins(DType dtype, std::mt19937& random) {
+  const int64_t rows = 3, bytes = dtype == DType::float32 ? 4 : 2;
+  for (int64_t channels : {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 40}) {
+    std::vector<int32_t> source(channels);
+    int32_t kept = 0;
+    for (int32_t& from : source) from = random() % 3 > 0 ? kept++ : -1;
+    if (kept == 0) source[0] = kept++;
+    std::vector<uint16_t> landing((channels + 15) / 16 + 1);
+    for (int64_t c = 0; c < channels; ++c) landing[c / 16] |= (source[c] >= 0) << c % 16;
+    const Numbers residual(dtype, rows * channels, random), branch(dtype, rows * kept, random);
+    for (Isa isa : levels()) {
+      for (bool relu : {false, true}) {
+        Numbers by_rows = residual, by_planes = residual;
+        const ScatterRows work = {
+            by_rows.bytes.data(), branch.bytes.data(), dtype, landing.data(), channels, kept, relu};
+        const auto run = isa == Isa::avx512 ? avx512::scatter_rows
+                         : isa == Isa::avx2 ? avx2::scatter_rows
+                                            : portable::scatter_rows;
+        run(work, 0, 1);
+        run(work, 1, rows);
+        // The same numbers as planes: the first rows of both are planes of `kept` positions.
+        const auto plane = isa == Isa::avx512 ? avx512::scatter_plane
+                           : isa == Isa::avx2 ? avx2::scatter_plane
+                                              : portable::scatter_plane;
+        plane({by_planes.bytes.data(), branch.bytes.data(), dtype, kept, relu});
+        plane({by_planes.bytes.data() + channels * bytes, nullptr, dtype, (rows - 1) * channels, relu});
+        for (int64_t i = 0; i < rows * channels; ++i) {
+          const int64_t from = source[i % channels];
+          double row = residual[i] + (from < 0 ? 0 : branch[i / channels * kept + from]);
+          double flat = residual[i] + (i < kept ? branch[i] : 0);
+          if (relu) row = std::fmax(row, 0), flat = i < kept || i >= channels ? std::fmax(flat, 0) : flat;
+          compare("join of rows", by_rows[i], row, dtype);
+          compare("join of a plane", by_planes[i], flat, dtype);
+        }
+      }
+    }
+  }
+}
+
+void check_all_joins(std::mt19937& random) {
+  for (DType dtype : {DType::float32, DType::bfloat16, DType::float16}) check_joins(dtype, random);
+}

@@ -1,0 +1,203 @@
+"""The replayed serving form: the same bits as its graph, whatever is called how often, by whom, after which changes."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from compact_cases import difference, masked
+from torch import nn
+
+import mfp
+from mfp import backend
+from mfp.serving import network as serving_network
+
+pytestmark = pytest.mark.skipif(backend.backends()["cpu"].unusable is not None, reason="mfp._C is not built")
+
+
+def images(batch=2, size=32, channels=3, seed=1):
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def tapes(serving):
+    """How many sizes are replayed; the calls before the replay are made here."""
+    return sum(recording.tape is not None for recording in serving_network._tapes[serving].recordings.values())
+
+
+def check(serving, x, expected_tapes=1):
+    """Three calls, of which the last is replayed, against the graph."""
+    with torch.no_grad():
+        expected = serving.forward(x)
+        before = x.clone()
+        for _ in range(3):
+            assert torch.equal(serving(x), expected)
+        assert torch.equal(x, before)
+    assert tapes(serving) == expected_tapes
+    return expected
+
+
+class Mixed(nn.Module):
+    """Squeeze-excite, pooling, groups, a shuffle, a table, several activations and a constant result."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.depthwise = nn.Conv2d(3, 24, 3, 2, 1), nn.Conv2d(24, 24, 5, padding=2, groups=24)
+        self.down, self.up = nn.Conv2d(24, 8, 1), nn.Conv2d(8, 24, 1)
+        self.grouped, self.last = nn.Conv2d(24, 48, 3, groups=4, padding=1), nn.Linear(48, 5)
+        self.register_buffer("shift", torch.randn(24, 1, 1))
+
+    def forward(self, x):
+        x = F.hardswish(self.stem(x)) + self.shift
+        x = F.silu(self.depthwise(x))
+        x = x * self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))).sigmoid()
+        left, right = x.chunk(2, 1)
+        x = torch.cat([right, F.max_pool2d(left, 3, 1, 1)], 1)
+        x = F.relu(self.grouped(x))
+        return {"logits": self.last(x.mean((2, 3))), "maps": [x, x.shape[2]]}
+
+
+def resnet(**plan):
+    torch.manual_seed(0)
+    return masked(torchvision.models.resnet18(num_classes=10), **plan)
+
+
+@pytest.mark.parametrize("make", [
+    resnet,
+    lambda: masked(torchvision.models.mobilenet_v2(num_classes=10)),
+    lambda: masked(torchvision.models.shufflenet_v2_x0_5(num_classes=10), mask_bn=False),  # borders
+    lambda: masked(torchvision.models.regnet_y_400mf(num_classes=10)),
+    lambda: masked(torchvision.models.densenet.DenseNet(16, (2, 2), 32, num_classes=10)),
+], ids=["resnet", "mobilenet", "shufflenet", "regnet", "densenet"])  # fmt: skip
+def test_replayed_networks_have_the_bits_of_the_graph(make):
+    torch.manual_seed(0)
+    serving = mfp.compact(make(), images(), fold_bn=True)
+    results = {check(serving, images(batch, size), i + 1).shape for i, (batch, size) in enumerate([(2, 32), (1, 40)])}
+    assert results == {(2, 10), (1, 10)}
+
+
+def test_structures_and_operators_of_all_kinds():
+    model = Mixed().eval()
+    serving = mfp.compact(model, images(), fold_bn=True)
+    with torch.inference_mode():
+        expected = serving.forward(images())
+        for _ in range(3):
+            result = serving(images())
+            assert result["maps"][1] == 16
+            assert torch.equal(result["logits"], expected["logits"])
+            assert torch.equal(result["maps"][0], expected["maps"][0])
+        assert tapes(serving) == 1
+        other = serving(images(seed=2))
+        assert difference(model(images(seed=2))["logits"], other["logits"]) < 1e-5
+        assert torch.equal(result["maps"][0], expected["maps"][0]), "a result was overwritten by the next call"
+
+
+def test_changed_parameters_modes_and_switches(monkeypatch):
+    serving = mfp.compact(resnet(), images(), fold_bn=True)
+    first = check(serving, images())
+    with torch.no_grad():
+        serving.fc.bias.add_(1)
+    assert difference(check(serving, images()), first + 1) < 1e-5
+    serving.fc.bias = nn.Parameter(serving.fc.bias.detach() - 1)
+    assert difference(check(serving, images()), first) < 1e-5
+    serving.fc = copy.deepcopy(serving.fc)
+    serving.fc.weight.data = 2 * serving.fc.weight.data
+    serving.fc.bias.data = 2 * serving.fc.bias.data
+    assert difference(check(serving, images()), 2 * first) < 1e-5
+    monkeypatch.setenv("MFP_WINOGRAD", "0")
+    assert difference(check(serving, images()), 2 * first) < 1e-4
+    double, x = serving.double(), images().double()
+    assert difference(check(double, x), 2 * first.double()) < 1e-4
+
+
+def test_trained_further_after_the_first_calls():
+    serving = mfp.compact(resnet(), images(), fold_bn=True)
+    before = check(serving, images())
+    optimizer = torch.optim.SGD(serving.parameters(), lr=0.01)
+    serving(images()).square().sum().backward()
+    optimizer.step()
+    after = check(serving, images())
+    assert not torch.equal(before, after)
+    with torch.enable_grad():
+        assert difference(serving(images()).detach(), after) < 1e-5
+
+
+def test_many_threads_and_sizes_at_once():
+    serving = mfp.compact(resnet(), images(), fold_bn=True)
+    given = [images(batch, size) for batch in (1, 2, 3) for size in (32, 33, 40, 48)]
+    with torch.no_grad():
+        expected = [serving.forward(x) for x in given]
+
+    def call(number):
+        with torch.no_grad():
+            return torch.equal(serving(given[number % len(given)]), expected[number % len(given)])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(6 * len(given))))
+    assert len(serving_network._tapes[serving].recordings) == serving_network.MOST_TAPES
+
+
+def test_copies_and_files_are_replayed_too(tmp_path):
+    serving = mfp.compact(resnet(), images(), fold_bn=True)
+    expected = check(serving, images())
+    assert torch.equal(check(copy.deepcopy(serving), images()), expected)
+    mfp.save(serving, tmp_path / "small.mfp")
+    assert torch.equal(check(mfp.load(tmp_path / "small.mfp"), images()), expected)
+
+
+class DataDecides(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return F.relu(self.conv(x)).nonzero()
+
+
+class Own(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_what_must_not_be_replayed_is_not():
+    serving = mfp.compact(resnet(), images(), fold_bn=True)
+    serving.own, calls = Own(), []
+    check(serving, images(), 0)
+    del serving.own
+    hook = serving.fc.register_forward_hook(lambda *call: calls.append(call))
+    with torch.no_grad():
+        for _ in range(4):
+            serving(images())
+    assert len(calls) == 4
+    hook.remove()
+    expected = check(serving, images())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert serving(images()).dtype == torch.bfloat16
+    assert serving(images()).requires_grad
+    assert difference(expected, serving(images()).detach()) < 1e-5
+
+
+def test_under_vmap_plain_operators_run():
+    serving = mfp.compact(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), images(), fold_bn=True)
+    expected = check(serving, images())
+    with torch.no_grad():
+        mapped = torch.func.vmap(lambda x: serving(x[None])[0])(images())
+    assert difference(mapped, expected) < 1e-5
+
+
+def test_an_operator_whose_result_decides_is_not_replayed():
+    serving = mfp.compact(DataDecides().eval(), images(), fold_bn=True)
+    with torch.no_grad():
+        for seed in range(4):
+            assert torch.equal(serving(images(seed=seed)), serving.forward(images(seed=seed)))
+
+
+def test_wrong_numbers_of_inputs():
+    from mfp import _C
+
+    tape = _C.Tape(_C.Memory(), [images()])
+    tape.finish([])
+    with pytest.raises(RuntimeError, match="a tape of 1 inputs was given 2"):
+        tape.run([images(), images()])
