@@ -80,13 +80,12 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def make_smaller(model: nn.Module, arguments: dict[str, Any], held: dict[str, Tensor], multiple: int = 1) -> Smaller:
+def make_smaller(model: nn.Module, arguments: dict[str, Any], held: dict[str, Tensor]) -> Smaller:
     """The network without the filters that are held at zero.
 
     Args:
         arguments: forward's arguments by name.
         held: by name of a parameter bool of its shape, True where it stays zero.
-        multiple: numbers of filters are filled up with zero ones to a multiple of this.
 
     Raises:
         CaptureError: torch.export cannot follow the model.
@@ -95,7 +94,7 @@ def make_smaller(model: nn.Module, arguments: dict[str, Any], held: dict[str, Te
     captured = capture(model, arguments, for_training=True)
     with torch.no_grad():
         net = analyse(captured, held)
-        out = write(net, multiple)
+        out = write(net, 1)
     small = finish(out, type(model).__name__, modes_of(model))
     smaller = Smaller(small, origins(small, out))
     fresh = [name for name, _ in small.named_parameters() if name not in smaller.origins]
