@@ -56,7 +56,7 @@ def measure(arch: str, rate: float, batches: Sequence[int], console: Console) ->
 @torch.no_grad()
 def time_layers(serving: ServingNetwork, x: torch.Tensor) -> list[dict[str, Any]]:
     """A row for each node of the graph: milliseconds (the median of some calls) and multiply-adds."""
-    from mfp import _C
+    from mfp import _C  # type: ignore[attr-defined]  # the compiled part
 
     for _ in range(2):
         serving(x)

@@ -106,9 +106,11 @@ class Tapes:
     """The recordings of one network, those used last."""
 
     def __init__(self) -> None:
-        from mfp import _C
+        from mfp import _C  # type: ignore[attr-defined]  # the compiled part
 
-        self.lock, self.state, self.recordings, self.memory = Lock(), None, OrderedDict(), _C.Memory()
+        self.lock, self.memory = Lock(), _C.Memory()
+        self.state: list[Any] | None = None
+        self.recordings: OrderedDict[tuple, Recording] = OrderedDict()
 
     def find(self, sizes: tuple, state: list[Any]) -> Recording | None:
         with self.lock:
@@ -133,7 +135,7 @@ _tapes: WeakKeyDictionary[nn.Module, Tapes] = WeakKeyDictionary()
 
 def record(network: ServingNetwork, args: Sequence[Tensor], memory: Any) -> tuple[Any, Recording]:
     """What the network returns, and how to get it again from other inputs of these sizes."""
-    from mfp import _C
+    from mfp import _C  # type: ignore[attr-defined]  # the compiled part
     from mfp.graph_json import MODULES  # the layers that are known to compute the same thing at each call
 
     recorder = Recorder(_C.Tape(memory, list(args)))
@@ -167,7 +169,8 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, tape: Any) -> None:
         super().__init__()
-        self.tape, self.steps, self.node, self.possible = tape, [], "", True
+        self.tape, self.node, self.possible = tape, "", True
+        self.steps: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
