@@ -24,7 +24,7 @@ def main(epochs: int = 3, images: int = 512, batch: int = 64, width: int = 8) ->
         for part in torch.randperm(len(x)).split(batch):
             optimizer.zero_grad()
             F.cross_entropy(model(x[part]), y[part]).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # <- filters that wake have large gradients
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # <- filters that come back have large gradients
             optimizer.step()
         if decision := pruner.step(epoch):  # <- scores, tries the neighbours, zeroes the filters of the best
             print(f"epoch {epoch + 1}: pruned by {decision.criterion}, churn {decision.churn:.2f}")  # <-

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mfp import attributes, schedule
+from mfp.affine_backup import AffineBackup
 from mfp.allocation import Allocator
 from mfp.attributes import Batches
 from mfp.choice import BY_SENSITIVITY, Choice, choose
@@ -25,7 +26,6 @@ from mfp.plan import FilterPlan, check_plan_arguments, unwrap
 from mfp.scores import FilterScores, batchnorm_scales, check_calibration, check_criteria, score_filters
 from mfp.selection import prune_filters_
 from mfp.shrinking import shrink
-from mfp.sleep import Sleepers
 from mfp.structure import takes_images
 
 STATE_VERSION = 1
@@ -169,7 +169,7 @@ class FilterPruner:
             "channel_multiple": channel_multiple, "residual": residual,
         }  # fmt: skip
         self._plan: FilterPlan | None = None
-        self._sleepers: Sleepers | None = None
+        self._affine_backup: AffineBackup | None = None
         self.comparison = Comparison(self.model, attribute, calibration, recalibrate, mask_bn)
         self.comparison.check()  # now, and not after an epoch of training
         self._first_batch: FirstBatch | None = None
@@ -191,7 +191,7 @@ class FilterPruner:
         if self.allocator:
             self.allocator.look_at(plan, example_input, self._plan_arguments)
         self._plan = plan
-        self._sleepers = Sleepers(self._plan)
+        self._affine_backup = AffineBackup(self._plan)
 
     @property
     def plan(self) -> FilterPlan:
@@ -208,9 +208,9 @@ class FilterPruner:
         return self._plan
 
     @property
-    def sleepers(self) -> Sleepers:
-        """The biases and BatchNorm entries of pruned filters; made with the plan."""
-        return self._sleepers if self.plan is not None else None
+    def affine_backup(self) -> AffineBackup:
+        """The biases and BatchNorm entries of pruned filters, set aside until training goes on; made with the plan."""
+        return self._affine_backup if self.plan is not None else None
 
     @property
     def attribute_name(self) -> str:
@@ -239,8 +239,8 @@ class FilterPruner:
             return None
         if not schedule.prune_now(epoch, self.interval, self.epochs):
             return None
-        self.sleepers.wake()  # does something only when no training came between two calls
-        values = self.sleepers.copy()
+        self.affine_backup.restore_()  # does something only when no training came between two calls
+        values = self.affine_backup.snapshot()
         factor = schedule.rate_factor(self.mode, epoch, self.epochs)
         plan = self.plan if factor == 1.0 else self.plan.scaled(factor)
         if len(self.criteria) == 1 and not self.allocator:
@@ -251,7 +251,7 @@ class FilterPruner:
             choice = choose(self, plan, hindsight)
             choice.mask.apply_(self.mask_bn)
         if self.mask_bn and self.mode != "hard":
-            self.sleepers.lay_down(values, choice.mask)
+            self.affine_backup.set_aside(values, choice.mask)
         if self.recalibrate:
             self.comparison.settle_(choice.statistics)
         decision = Decision(
@@ -274,8 +274,8 @@ class FilterPruner:
         return decision
 
     def hold_(self) -> None:
-        """From now on the current mask holds, as in ``hard`` mode: the pruned filters sleep for good."""
-        self.sleepers.values = {}
+        """From now on the current mask holds, as in ``hard`` mode: the pruned filters stay zero."""
+        self.affine_backup.values = {}
         self.mode = "hard"
 
     def mask_gradients_(self) -> None:
@@ -338,14 +338,14 @@ class FilterPruner:
     def state_dict(self) -> dict:
         """What a resumed run needs: plain values for JSON, and tensors.
 
-        The tensors are the current mask ``"keep"`` (bool ``[F]``) and, in ``"asleep"``, the values that pruned filters
-        get back when training goes on.
+        The tensors are the current mask ``"keep"`` (bool ``[F]``) and, in ``"affine_backup"``, the BatchNorm entries
+        and biases that pruned filters get back when training goes on.
         """
         state = {
             "version": STATE_VERSION,
             "layers": self._layers(),
             "decisions": [decision.to_dict() for decision in self.decisions],
-            "asleep": dict(self.sleepers.values),
+            "affine_backup": dict(self.affine_backup.values),
             "shrunk": self.smaller is not None,
         }
         if self.mask is not None:
@@ -367,8 +367,8 @@ class FilterPruner:
             )
         decisions = [Decision(**values) for values in state["decisions"]]
         mask = FilterMask(self.plan, state["keep"].to(self.plan.weights()[0].device)) if "keep" in state else None
-        self.sleepers.check(state["asleep"])
-        self.sleepers.lay_down(state["asleep"], mask)
+        self.affine_backup.check(state["affine_backup"])
+        self.affine_backup.set_aside(state["affine_backup"], mask)
         self.mask, self.decisions = mask, decisions
         if state.get("shrunk"):
             self.hold_()

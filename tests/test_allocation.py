@@ -203,7 +203,7 @@ def test_at_each_pruning_point_neighbours_differ_in_both(batches, monkeypatch):
     restored.load_state_dict(pruner.state_dict())
     assert restored.decisions == pruner.decisions and torch.equal(restored.mask.keep, decision.mask.keep)
     for each in (model, copied):
-        each.train()(batches[0][0])  # wakes what sleeps
+        each.train()(batches[0][0])  # restores what was set aside
     assert restored.step(1) == pruner.step(1)
 
 

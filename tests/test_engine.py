@@ -312,7 +312,7 @@ def test_tensorboard_gets_what_the_table_has(tmp_path, data):
 
 
 def test_a_compiled_run_is_the_plain_one(tmp_path, data):
-    """The hook of mfp/sleep.py wakes pruned filters of a compiled network too (today's torch runs it uncompiled)."""
+    """The hook of mfp/affine_backup.py runs in a compiled network too (today's torch runs it uncompiled)."""
     runs = []
     for compiled in (False, True):
         trainer = tiny_trainer(tmp_path / str(compiled), tiny_config(epochs=4), data)
@@ -320,7 +320,7 @@ def test_a_compiled_run_is_the_plain_one(tmp_path, data):
         if compiled:
             trainer.model.compile(backend="aot_eager")  # all of torch.compile but the C++ compiler, which takes 20 s
         trainer.fit()
-        assert trainer.pruner.state_dict()["asleep"]  # there was something to wake in each epoch
+        assert trainer.pruner.state_dict()["affine_backup"]  # there was something to restore in each epoch
         runs.append(trainer)
     plain, compiled = ([decision.digest for decision in trainer.pruner.decisions] for trainer in runs)
     assert plain == compiled

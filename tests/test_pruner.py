@@ -224,7 +224,7 @@ def test_choice_per_layer():
 
 @pytest.mark.parametrize("mask_bn", [True, False])
 def test_soft_pruned_filters_learn_on_and_are_chosen_anew(mask_bn):
-    """Also behind a zeroed BatchNorm and a ReLU, where no gradient would come through: its entries wake in training."""
+    """Also behind a zeroed BatchNorm and a ReLU, where no gradient would come through: its entries are restored."""
     model = network()
     nn.init.constant_(model[1].bias, 0.1)
     pruner = mfp.FilterPruner(model, criteria=("l2_norm",), mask_bn=mask_bn)
@@ -238,7 +238,7 @@ def test_soft_pruned_filters_learn_on_and_are_chosen_anew(mask_bn):
     assert pruner.mask is second.mask and pruner.decisions == [first, second]
 
 
-def test_sleeping_values_wake_with_training_only():
+def test_values_set_aside_are_restored_with_training_only():
     model = network()
     nn.init.uniform_(model[1].bias, 0.5, 1.0)
     before = state_of(model)
@@ -268,16 +268,16 @@ def test_copies_and_pickles_of_the_model_do_not_carry_the_pruner():
     model = network()
     pruner = mfp.FilterPruner(model, criteria=("l2_norm",))
     pruner.step(0)
-    asleep = model[1].weight.clone()
+    set_aside = model[1].weight.clone()
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         copied.train()(torch.randn(4, 3, 6, 6))
-        assert torch.equal(copied[1].weight, asleep) and torch.equal(model[1].weight, asleep)
+        assert torch.equal(copied[1].weight, set_aside) and torch.equal(model[1].weight, set_aside)
     del pruner
     model.train()(torch.randn(4, 3, 6, 6))
-    assert torch.equal(model[1].weight, asleep)
+    assert torch.equal(model[1].weight, set_aside)
 
 
-def test_sleeping_values_survive_a_restart():
+def test_values_set_aside_survive_a_restart():
     def run(restart):
         model = network()
         pruner = mfp.FilterPruner(model, criteria=("l2_norm",))
@@ -342,7 +342,7 @@ def test_state_round_trips_through_json():
     train(model)
     pruner.step(1)
     state = pruner.state_dict()
-    tensors = {name: state.pop(name) for name in ("keep", "asleep")}
+    tensors = {name: state.pop(name) for name in ("keep", "affine_backup")}
     again = json.loads(json.dumps(state)) | tensors
     resumed = mfp.FilterPruner(model, attribute="loss", calibration=data())
     resumed.load_state_dict(again)

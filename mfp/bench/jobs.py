@@ -193,7 +193,7 @@ class Jobs:
         jobs = []
         for title, keep in ((f"SGD step, rate {self.rate:g} masked", mask.keep),
                             ("SGD step, empty mask", torch.ones_like(mask.keep))):  # fmt: skip
-            model = copy.deepcopy(self.model)  # of its own: the other's steps would wake the pruned filters
+            model = copy.deepcopy(self.model)  # of its own: the other's steps would bring pruned filters back
             chosen = mfp.FilterMask(mfp.FilterPlan(model, plan.layers), keep)
             ours = optim.MaskedSGD(_with_gradients(model), mask=chosen, **SGD)
             ours.step()

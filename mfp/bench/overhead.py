@@ -47,7 +47,7 @@ def measure(arch: str, rate: float, batch: int, console: Console) -> dict[str, A
     with console.status("pruning point, optimiser steps ..."):
         times["pruning"] = seconds(lambda: pruner.step(0))
         mask = mfp.select_filters(mfp.score_filters(plan, ("l2_distance",)))
-        other = copy.deepcopy(model)  # of its own: plain steps would wake the pruned filters
+        other = copy.deepcopy(model)  # of its own: plain steps would bring pruned filters back
         for copied, parameter in zip(other.parameters(), model.parameters(), strict=True):
             copied.grad = parameter.grad.clone()
         steps = {

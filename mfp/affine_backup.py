@@ -1,7 +1,7 @@
 """What lets a soft-pruned filter learn on although its BatchNorm entries were zeroed with it.
 
 With scale and shift zero, a ReLU behind them passes no gradient: the filter would stay zero for good. So their values
-sleep while the network is evaluated or saved, and come back with the first forward pass in training mode.
+are set aside while the network is evaluated or saved, and restored by the first forward pass in training mode.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from mfp.mask import FilterMask
 from mfp.plan import FilterPlan, PlannedLayer
 
 
-class Sleepers:
+class AffineBackup:
     """Biases and BatchNorm entries of pruned filters, kept aside until training goes on.
 
     Attributes:
-        values: parameter name -> its values before the zeroing; empty when nothing sleeps.
+        values: parameter name -> its values before the zeroing; empty when nothing is to be restored.
     """
 
     def __init__(self, plan: FilterPlan) -> None:
         self.plan = plan
         self.values: dict[str, Tensor] = {}
         self._mask: FilterMask | None = None
-        plan.model.register_forward_pre_hook(_WakeBeforeTraining(self))
+        plan.model.register_forward_pre_hook(_RestoreBeforeTraining(self))
 
-    def copy(self) -> dict[str, Tensor]:
+    def snapshot(self) -> dict[str, Tensor]:
         """Biases and BatchNorm entries as they are now, by parameter name: to be taken before filters are zeroed."""
-        return {name: parameter.detach().clone() for name, (parameter, _) in self._sleeping().items()}
+        return {name: parameter.detach().clone() for name, (parameter, _) in self._entries().items()}
 
-    def lay_down(self, values: Mapping[str, Tensor], mask: FilterMask) -> None:
-        """Keep the values of :meth:`copy` until the filters that ``mask`` prunes wake."""
+    def set_aside(self, values: Mapping[str, Tensor], mask: FilterMask) -> None:
+        """Keep the values of :meth:`snapshot` until the filters that ``mask`` prunes learn on."""
         self.values, self._mask = dict(values), mask
 
     @torch.no_grad()
-    def wake(self) -> None:
+    def restore_(self) -> None:
         """Give the pruned filters their biases and BatchNorm entries back."""
         if not self.values:
             return
-        for name, (parameter, layer) in self._sleeping().items():
+        for name, (parameter, layer) in self._entries().items():
             pruned = ~self._mask.keep[layer.slice].to(parameter.device)
             pruned = pruned.repeat_interleave(len(parameter) // layer.num_filters)
             parameter[pruned] = self.values[name].to(parameter)[pruned]
@@ -51,11 +51,11 @@ class Sleepers:
 
     def check(self, values: Mapping[str, Tensor]) -> None:
         """Raise MfpError when values from a file do not fit this network."""
-        shapes = {name: parameter.shape for name, (parameter, _) in self._sleeping().items()}
+        shapes = {name: parameter.shape for name, (parameter, _) in self._entries().items()}
         if values and {name: value.shape for name, value in values.items()} != shapes:
             raise MfpError("pruner state is of another network: its BatchNorm entries do not fit this one's")
 
-    def _sleeping(self) -> dict[str, tuple[nn.Parameter, PlannedLayer]]:
+    def _entries(self) -> dict[str, tuple[nn.Parameter, PlannedLayer]]:
         found = {}
         for layer in self.plan.layers:
             for follower in layer.followers:
@@ -65,19 +65,19 @@ class Sleepers:
         return found
 
 
-class _WakeBeforeTraining:
+class _RestoreBeforeTraining:
     """The hook. It holds no strong reference, and copies and pickles of the model carry it as one that does nothing."""
 
-    def __init__(self, sleepers: Sleepers | None = None) -> None:
-        self._sleepers = weakref.ref(sleepers) if sleepers is not None else lambda: None
+    def __init__(self, backup: AffineBackup | None = None) -> None:
+        self._backup = weakref.ref(backup) if backup is not None else lambda: None
 
     def __call__(self, module: nn.Module, inputs: tuple) -> None:
-        sleepers = self._sleepers()
-        if sleepers is not None and sleepers.values and module.training:
-            sleepers.wake()
+        backup = self._backup()
+        if backup is not None and backup.values and module.training:
+            backup.restore_()
 
-    def __deepcopy__(self, memo: dict) -> _WakeBeforeTraining:
-        return _WakeBeforeTraining()
+    def __deepcopy__(self, memo: dict) -> _RestoreBeforeTraining:
+        return _RestoreBeforeTraining()
 
     def __reduce__(self) -> tuple:
-        return _WakeBeforeTraining, ()
+        return _RestoreBeforeTraining, ()
