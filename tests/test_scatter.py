@@ -101,3 +101,14 @@ def test_opcheck(dtype, layout):
     for relu in (False, True):
         residual, branch, index = sample((2, 8, 3, 3), 5, dtype, layout, generator)
         torch.library.opcheck(torch.ops.mfp.scatter_add_.default, (residual, branch, index, relu))
+
+
+def test_one_image_may_have_any_stride_between_images():
+    """As a view of channels that were moved has: torch calls it channels_last, and keeps the stride in copies."""
+    residual = torch.randn(1, 7, 9, 3).permute(0, 3, 1, 2).as_strided((1, 3, 7, 9), (3, 1, 27, 3))
+    branch = torch.randn(1, 2, 7, 9)
+    assert residual.is_contiguous(memory_format=CL) and residual.clone().stride() == residual.stride()
+    index = torch.tensor([0, 2])
+    expected = residual.index_add(1, index, branch)
+    ops.scatter_add_(residual, branch, index, backend="cpu")
+    assert torch.equal(residual, expected)

@@ -17,8 +17,9 @@ void scatter_add_(const at::Tensor& residual, const at::Tensor& branch, const at
       "scatter_add_: branch is ", branch.scalar_type(), ", residual ", residual.scalar_type(), ", index ",
       index.scalar_type(), "; expected two of one dtype and a contiguous int64 vector");
   const bool last = !residual.is_contiguous() && residual.stride(1) == 1;
-  const auto format = residual.suggest_memory_format();
-  TORCH_CHECK(residual.is_contiguous() || (last && residual.is_contiguous(format)),
+  // not suggest_memory_format(), which looks at the strides of dimensions of size 1
+  const auto format = residual.dim() == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
+  TORCH_CHECK(residual.is_contiguous() || (last && residual.dim() > 3 && residual.is_contiguous(format)),
               "scatter_add_: residual has strides ", residual.strides(), "; expected contiguous or channels_last");
   const at::Tensor source = last ? branch.contiguous(format) : branch.contiguous();
   ScatterAdd arguments = {};

@@ -78,9 +78,10 @@ void scatter_add_(const at::Tensor& residual, const at::Tensor& branch, const at
               "scatter_add_: branch is ", branch.scalar_type(), " on ", branch.device(), ", residual ",
               residual.scalar_type(), " on ", residual.device(), ", index ", index.scalar_type(), " on ",
               index.device(), "; expected one dtype, int64 index, one device");
-  const auto format = residual.suggest_memory_format();
-  TORCH_CHECK(residual.is_contiguous() || residual.is_contiguous(format), "scatter_add_: residual has strides ",
-              residual.strides(), "; expected contiguous or channels_last");
+  // not suggest_memory_format(), which looks at the strides of dimensions of size 1
+  const auto format = residual.dim() == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
+  TORCH_CHECK(residual.is_contiguous() || (residual.dim() > 3 && residual.is_contiguous(format)),
+              "scatter_add_: residual has strides ", residual.strides(), "; expected contiguous or channels_last");
   if (residual.numel() == 0) return;
   const Work work = describe(residual, branch, index.contiguous(), relu);
   const at::Tensor source = residual.is_contiguous() ? branch.contiguous() : branch.contiguous(format);
