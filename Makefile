@@ -61,9 +61,12 @@ RESULTS := benchmarks/results
 results: $(VENV)/installed  ## measure all of benchmarks/results/ anew, and write the documents
 	$(BIN)/mfp bench --json $(RESULTS)/scoring.json
 	$(BIN)/mfp bench --overhead --json $(RESULTS)/overhead.json
-	$(BIN)/mfp bench --training --json $(RESULTS)/training.json
+	$(BIN)/mfp bench --training --json $(RESULTS)/training-resnet50.json
+	$(BIN)/mfp bench --training --arch resnet18 --json $(RESULTS)/training-resnet18.json
+	$(BIN)/mfp bench --training --arch resnet20 --batch 128 --json $(RESULTS)/training-resnet20.json
 	$(BIN)/mfp bench --compact --batch 1,8 --json $(RESULTS)/compact.json
-	$(BIN)/mfp bench --engines --arch resnet50,resnet18,mobilenet_v2 --batch 1,8 --json $(RESULTS)/engines.json
+	for arch in resnet50 resnet18 mobilenet_v2; do \
+		$(BIN)/mfp bench --engines --arch $$arch --json $(RESULTS)/engines-$$arch.json || exit; done
 	$(BIN)/python benchmarks/compare_torch_pruning.py resnet18 resnet50 mobilenet_v2 regnet_y_400mf \
 		--json $(RESULTS)/torch_pruning.json
 	rm -rf runs/demo && $(BIN)/mfp prune --output runs/demo

@@ -106,6 +106,18 @@ def _saved(row: dict) -> str:
     return f"{number(row['dense_ms'])} → {number(row['compact_ms'])} ({ratio:.2f})"
 
 
+def training(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        one = f"{name(row['arch'])}, {row['batch']} images of {row['image_size']}²" if row is rows[0] else ""
+        parts = [number(1e3 * row[part]) for part in ("forward", "backward", "step", "seconds")]
+        smaller = "faster" in row
+        gained = [f"{row['faster']:.2f}", f"{row['flops_saved']:.1%}", f"{row['realised']:.2f}"] if smaller else [""] * 3
+        lines.append([one, f"smaller, {row['network']}" if smaller else row["network"], *parts, *gained])
+    header = ("", "network", "forward, ms", "backward, ms", "step, ms", "together, ms", "times as fast as masked")
+    return table([*header, "FLOPs saved", "time / FLOPs"], lines)
+
+
 def torch_pruning(rows: list[dict]) -> str:
     makers = list(dict.fromkeys(row["by"] for row in rows))
     cells = {(row["arch"], row["by"]): row for row in rows}
@@ -143,6 +155,7 @@ TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "overhead": ("overhead*.json", overhead),
     "compact": ("compact*.json", compact),
     "engines": ("engines*.json", engines),
+    "training": ("training*.json", training),
     "torch_pruning": ("torch_pruning*.json", torch_pruning),
     "demo": ("demo.json", demo),
 }

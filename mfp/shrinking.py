@@ -95,7 +95,7 @@ def _smaller(pruner: FilterPruner, held: dict[str, Tensor]) -> Smaller:
         try:
             arguments = example_arguments(model, example)
             smaller = make_smaller(model, arguments, held)
-            rehearse(model, smaller, arguments)
+            rehearse(model, smaller, arguments, held)
             return smaller
         except (CaptureError, NotEqual) as error:
             first_error = first_error or error

@@ -23,6 +23,9 @@ from mfp.compact.optimizer import Origin
 from mfp.compact.write import finish, modes_of, origins, write
 from mfp.errors import MfpError
 
+# Layers that have as many filters are filled up to a multiple of this by ones that stay zero: odd numbers take longer
+# than whole vectors (a step of ResNet-50, coupled: 590 ms and 515; of ResNet-20: 1.3 and 0.96 times the masked one).
+WIDTH = 16
 CLOSE = 1e-6  # of the largest entry, between steps of the two networks in float64
 
 
@@ -94,7 +97,7 @@ def make_smaller(model: nn.Module, arguments: dict[str, Any], held: dict[str, Te
     captured = capture(model, arguments, for_training=True)
     with torch.no_grad():
         net = analyse(captured, held)
-        out = write(net, 1)
+        out = write(net, WIDTH)
     small = finish(out, type(model).__name__, modes_of(model))
     smaller = Smaller(small, origins(small, out))
     fresh = [name for name, _ in small.named_parameters() if name not in smaller.origins]
@@ -126,7 +129,7 @@ def _without(zero: Tensor):
 # ---- the rehearsal
 
 
-def rehearse(model: nn.Module, smaller: Smaller, arguments: dict[str, Any]) -> None:
+def rehearse(model: nn.Module, smaller: Smaller, arguments: dict[str, Any], held: dict[str, Tensor]) -> None:
     """Compares outputs, gradients and statistics of one pass in training mode, on copies in float64.
 
     Dropout is left out, which draws as many numbers as there are channels. Raises NotEqual with what differs.
@@ -145,6 +148,9 @@ def rehearse(model: nn.Module, smaller: Smaller, arguments: dict[str, Any]) -> N
             if name not in mine or origin.name not in its:
                 continue
             wanted = origin.left(its[origin.name])
+            if what == "gradient" and origin.name in held:  # what stays zero gets none: keep_zero
+                zero = origin.left(held[origin.name])
+                wanted, mine[name] = wanted.masked_fill(zero, 0), mine[name].masked_fill(zero, 0)
             limit = CLOSE * wanted.abs().max().item() + CLOSE * CLOSE * scale
             if (mine[name] - wanted).abs().max().item() > limit:
                 raise NotEqual(f"the {what} of {origin.name} would differ from the masked network's")

@@ -111,7 +111,7 @@ class Writer:
 
     def pad(self, kept: Tensor, live: Tensor) -> Tensor:
         """bool [channels]: the kept ones, and constant ones that fill up their number to a multiple."""
-        missing = -int(kept.sum()) % self.multiple
+        missing = -int(kept.sum()) % self.multiple if len(kept) >= self.multiple else 0
         kept = kept.clone()
         kept[(~kept & ~live).nonzero().flatten()[:missing]] = True
         return kept
