@@ -34,7 +34,7 @@ def scoring_values() -> list[list]:
 
 def serving_values() -> list[list]:
     """[engine, dense and compact milliseconds, FLOPs kept] of ResNet-50, batch 8, coupled."""
-    found = rows_of("engines*.json", arch="resnet50", batch=8, residual="coupled")
+    found = rows_of("engines-resnet50.json", arch="resnet50", batch=8, residual="coupled")
     return [
         [ENGINES.get(row["engine"], row["engine"]), round(row["dense_ms"], 2), round(row["compact_ms"], 2),
          round(row["flops_kept"], 3)]
