@@ -112,7 +112,9 @@ def training(rows: list[dict]) -> str:
         one = f"{name(row['arch'])}, {row['batch']} images of {row['image_size']}²" if row is rows[0] else ""
         parts = [number(1e3 * row[part]) for part in ("forward", "backward", "step", "seconds")]
         smaller = "faster" in row
-        gained = [f"{row['faster']:.2f}", f"{row['flops_saved']:.1%}", f"{row['realised']:.2f}"] if smaller else [""] * 3
+        gained = [""] * 3
+        if smaller:
+            gained = [f"{row['faster']:.2f}", f"{row['flops_saved']:.1%}", f"{row['realised']:.2f}"]
         lines.append([one, f"smaller, {row['network']}" if smaller else row["network"], *parts, *gained])
     header = ("", "network", "forward, ms", "backward, ms", "step, ms", "together, ms", "times as fast as masked")
     return table([*header, "FLOPs saved", "time / FLOPs"], lines)
