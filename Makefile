@@ -35,7 +35,7 @@ fuzz: $(VENV)/installed  ## the property tests with new random cases, for 120 se
 	timeout $$(($(SECONDS) + 900)) $(PYTEST) --fuzz $(SECONDS)
 
 zoo: $(VENV)/installed  ## compacts many networks of torchvision, timm and others, and prints the table of docs/networks.md
-	$(BIN)/python tests/zoo.py
+	$(BIN)/python tests/zoo.py $(ARGS)
 
 # For the test that looks at the page of `mfp report`. Only root can install packages, and only some systems have apt.
 browser:

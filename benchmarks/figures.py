@@ -143,6 +143,26 @@ def demo(rows: list[dict]) -> str:
     return table(["", *(row["network"] for row in rows)], ([title, *cells] for title, cells in lines.items()))
 
 
+def networks(rows: list[dict]) -> str:
+    """The zoo's networks (tests/zoo.py), a table for each family."""
+    header = ["network", "multiply-adds, M", "compact", "times live", "differs by", "seconds", ""]
+    texts = []
+    for family in dict.fromkeys(row["family"] for row in rows):
+        lines = [_network(row) for row in rows if row["family"] == family]
+        texts.append(f"**{family}**\n\n{table(header, lines)}")
+    return "\n".join(texts)
+
+
+def _network(row: dict) -> list[str]:
+    fixed = "one image size" if row.get("image_size") == "fixed" else None
+    note = "; ".join(part for part in (row["failed"], row.get("note"), fixed) if part).replace("|", "\\|")
+    if "times_live" not in row:
+        return [row["name"], "", "", "", "", "", note]
+    apart = " / ".join(f"{row[dtype]:.0e}" for dtype in ("float32", "float64") if dtype in row)
+    counts = [f"{row['before'] / 1e6:.1f}", f"{row['after'] / 1e6:.1f}", f"{row['times_live']:.2f}"]
+    return [row["name"], *counts, apart, f"{row['seconds']:.1f}", note]
+
+
 def plain_rows(rows: list[dict]) -> str:
     def cell(value: object) -> str:
         return "" if value is None else number(value) if isinstance(value, float) else str(value)
@@ -160,6 +180,7 @@ TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "training": ("training*.json", training),
     "torch_pruning": ("torch_pruning*.json", torch_pruning),
     "demo": ("demo.json", demo),
+    "networks": ("zoo.json", networks),
 }
 
 

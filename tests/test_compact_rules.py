@@ -158,3 +158,16 @@ def test_flops_are_counted_exactly():
     expected = 2 * (4 * 4) * 6 * 2 * 9 + 2 * (4 * 4) * 6 * 5 * 4 + 2 * 5 * 64 * 7
     assert mfp.flops(model, torch.zeros(2, 4, 8, 8)) == expected
     assert mfp.flops(torchvision.models.resnet50(), torch.zeros(1, 3, 224, 224)) == 4089184256
+
+
+def test_counting_leaves_a_module_with_two_names_alone():
+    """timm's CoaT: each block holds the position encoding that its stage holds too."""
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    model = nn.Sequential(conv, nn.Sequential(conv, nn.ReLU()), nn.BatchNorm2d(3))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert mfp.flops(model, torch.zeros(1, 3, 8, 8)) == 2 * 64 * 9 * 9
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert model[0] is model[1][0]
+    assert isinstance(model[0].weight, nn.Parameter)

@@ -1,6 +1,6 @@
 """The networks that people prune, each measured: is the compact one exact, and as small as an observer says it can be?
 
-    python tests/zoo.py [--only PATTERN] [--fast] [--jobs N] [--output FILE.json]
+    python tests/zoo.py [--only PATTERN] [--fast] [--jobs N] [--json FILE]
 
 Every network is filled with random parameters, pruned at rate 0.3 by l2_norm and compacted. *Times live* is the
 multiply-adds of the compact network over those that tests/observer.py sees alive in the masked one: 1.00 is fully
@@ -13,7 +13,6 @@ import argparse
 import copy
 import functools
 import gc
-import json
 import math
 import os
 import re
@@ -38,6 +37,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from zoo_networks import ZOO, Entry
 
 import mfp
+from mfp.bench import results
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from figures import networks
 
 RATE = 0.3
 TIMES_LIVE = 1.05
@@ -48,7 +51,7 @@ OBSERVED = 8  # images the observer looks at
 #: Means of channels, in units of their spread. Around zero, rounding grows from layer to layer as in no trained network
 #: (BatchNorm with random weights: https://arxiv.org/abs/1902.08129): ResNet-152's float32 output is then off by 5e-4.
 SHIFT = (0.3, 1.2)
-LONGEST = 300  # seconds for one network: what does not end is a failure, and the others go on
+LONGEST = 600  # seconds of the processor for one network: what does not end is a failure, and the others go on
 
 
 def images(count: int, height: int, width: int, seed: int) -> Tensor:
@@ -166,7 +169,9 @@ def cast(arguments: Any, dtype: torch.dtype) -> Any:
 
 def measure(entry: Entry, dtypes: Iterable[torch.dtype] = tuple(EXACT)) -> dict[str, Any]:
     """Prunes and compacts one network; ``failed`` lists the bounds it misses, ``error`` what was raised."""
-    result: dict[str, Any] = {"name": entry.name, "family": entry.family, "known": entry.known, "failed": []}
+    result: dict[str, Any] = {"name": entry.name, "family": entry.family, "failed": []}
+    if entry.known:
+        result["note"] = entry.known
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -190,9 +195,9 @@ def compare(entry: Entry, result: dict[str, Any], dtypes: Iterable[torch.dtype])
     plan = mfp.FilterPlan.from_model(part, RATE, example_input=given(model, part, example))
     mfp.prune_filters_(plan, "l2_norm", mask_bn=entry.mask_bn)
     settle(model, lambda seed: entry.example(images(OBSERVED, size, size, seed)))
-    start = time.perf_counter()
+    start = time.process_time()
     whole = mfp.compact(model, example, **({"submodule": entry.submodule} if entry.submodule else {}))
-    result["seconds"] = time.perf_counter() - start
+    result["seconds"] = time.process_time() - start
     small = whole.get_submodule(entry.submodule) if entry.submodule else whole
     small.eval()
 
@@ -200,7 +205,7 @@ def compare(entry: Entry, result: dict[str, Any], dtypes: Iterable[torch.dtype])
     result["before"], result["after"] = multiply_adds(part, observed), multiply_adds(small, observed)
     result["live"] = live_multiply_adds(part, observed)
     result["times_live"] = result["after"] / result["live"]
-    if result["times_live"] > TIMES_LIVE and not entry.known:
+    if round(result["times_live"], 2) > TIMES_LIVE and not entry.known:
         result["failed"].append(f"{result['times_live']:.2f} times live")
 
     free = not any(FIXED_SIZE.match(line) for line in whole.report.kept_because)
@@ -234,12 +239,12 @@ ENTRIES = {key(entry): entry for entry in ZOO}
 def measure_named(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     gc.collect()
-    signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(LONGEST)
+    signal.signal(signal.SIGPROF, too_long)
+    signal.setitimer(signal.ITIMER_PROF, LONGEST)
     try:
         return measure(ENTRIES[name])
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 class TooLong(BaseException):
@@ -281,32 +286,14 @@ def measure_all(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
                 yield pool.submit(measure_named, name).result()
             except BrokenExecutor:
                 entry, error = ENTRIES[name], "the process was killed"
-                yield {"name": entry.name, "family": entry.family, "failed": [error], "error": error}
+                yield {"name": entry.name, "family": entry.family, "failed": [error]}
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Markdown, a table for each family."""
-    lines: list[str] = []
-    for family in dict.fromkeys(result["family"] for result in results):
-        lines += [f"\n**{family}**\n", "| network | multiply-adds, M | compact | times live | differs by | seconds | |"]
-        lines += ["|---|---|---|---|---|---|---|"]
-        lines += [row(result) for result in results if result["family"] == family]
-    return "\n".join(lines)
-
-
-def row(result: dict[str, Any]) -> str:
-    notes = [
-        *result["failed"],
-        result.get("known"),
-        result.get("note"),
-        "one image size" if result.get("image_size") == "fixed" else None,
-    ]
-    note = "; ".join(note for note in notes if note).replace("|", "\\|")
-    if "times_live" not in result:
-        return f"| {result['name']} | | | | | | {note} |"
-    apart = " / ".join(f"{result[name]:.0e}" for name in ("float32", "float64") if name in result)
-    counts = f"{result['before'] / 1e6:.1f} | {result['after'] / 1e6:.1f} | {result['times_live']:.2f}"
-    return f"| {result['name']} | {counts} | {apart} | {result['seconds']:.1f} | {note} |"
+def as_row(result: dict[str, Any]) -> dict[str, Any]:
+    """A result as a line of a result file."""
+    return {key: value for key, value in result.items() if key not in ("error", "traceback")} | {
+        "failed": "; ".join(result["failed"])
+    }
 
 
 def main() -> int:
@@ -314,27 +301,25 @@ def main() -> int:
     parser.add_argument("--only", default="*", help="part of 'family: name', with * and ? as in file names")
     parser.add_argument("--fast", action="store_true", help="without the largest networks")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
-    parser.add_argument("--output", type=Path, help="all results as JSON")
+    parser.add_argument("--json", type=Path, help="result file; networks that it has without a fault are not run again")
     options = parser.parse_args()
     pattern = f"*{options.only}*"
-    names = [
-        name for name, entry in ENTRIES.items() if fnmatchcase(name, pattern) and not (options.fast and entry.slow)
-    ]
-    if not names:
+    chosen = [key for key, entry in ENTRIES.items() if fnmatchcase(key, pattern) and not (options.fast and entry.slow)]
+    if not chosen:
         parser.error(f"no network is called {options.only!r}")
-    results, start = [], time.perf_counter()
-    for result in measure_all(names, options.jobs):
-        results.append(result)
+    old = results.read(options.json)["rows"] if options.json and options.json.exists() else []
+    rows = {f"{row['family']}: {row['name']}": row for row in old if not row["failed"]}
+    left, start = [key for key in chosen if key not in rows], time.perf_counter()
+    for done, result in enumerate(measure_all(left, options.jobs), 1):
+        rows[f"{result['family']}: {result['name']}"] = as_row(result)
         outcome = "; ".join(result["failed"]) or f"{result['times_live']:.2f} times live"
         clock = f"{time.perf_counter() - start:5.0f} s"
-        print(f"{clock} {len(results)}/{len(names)} {result['family']}: {result['name']}: {outcome}", file=sys.stderr)
-        if options.output:
-            options.output.write_text(json.dumps(results, indent=1))
-    order = {name: i for i, name in enumerate(names)}
-    results.sort(key=lambda result: order[f"{result['family']}: {result['name']}"])
-    print(table(results))
-    failed = [result for result in results if result["failed"]]
-    print(f"\n{len(results)} networks, {len(failed)} fail, {time.perf_counter() - start:.0f} s")
+        print(f"{clock} {done}/{len(left)} {result['family']}: {result['name']}: {outcome}", file=sys.stderr)
+        if options.json:
+            results.write(options.json, "make zoo", [rows[key] for key in ENTRIES if key in rows])
+    print(networks([rows[key] for key in chosen]))
+    failed = [key for key in chosen if rows[key]["failed"]]
+    print(f"\n{len(chosen)} networks, {len(failed)} fail, {time.perf_counter() - start:.0f} s")
     return 1 if failed else 0
 
 

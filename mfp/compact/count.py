@@ -56,13 +56,18 @@ def flops(model: nn.Module, example_input: Any) -> int:
 
 
 def _count(model: nn.Module, arguments: dict[str, Any], device: torch.device | None) -> int:
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers()) if device else {}
-    tensors = {name: torch.empty_like(tensor, device=device) for name, tensor in tensors.items()}
+    # Each module once: where one has two names, functional_call with the tensors of both leaves those of the first in
+    # the model.
+    tensors = {}
+    for name, module in model.named_modules() if device else ():
+        for key, tensor in (module._parameters | module._buffers).items():
+            if tensor is not None:
+                tensors[f"{name}.{key}" if name else key] = torch.empty_like(tensor, device=device)
     if device:
         arguments = tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
     counter = _Counter()
     with eval_mode(model), torch.no_grad(), counter:
-        torch.func.functional_call(model, tensors, (), arguments)
+        torch.func.functional_call(model, tensors, (), arguments, tie_weights=False)
     return counter.total
 
 
