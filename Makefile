@@ -45,7 +45,7 @@ browser:
 	echo "no browser here, and none could be installed: tests/test_report.py will skip the test that needs one"
 
 gpu:  ## on a machine with a GPU: build, test and measure with the python and torch that are there; else ARGS=--dry-run
-	$(PYTHON) benchmarks/gpu.py $(ARGS)
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py $(ARGS)
 
 figures: $(VENV)/installed  ## the tables and charts of README and docs, from benchmarks/results/
 	$(BIN)/python benchmarks/figures.py
