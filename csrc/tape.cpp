@@ -5,6 +5,7 @@
 // flags) as it is. A slot is emptied after its last use, so that its memory serves the next result.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
 #include <atomic>
@@ -160,9 +161,54 @@ class Tape {
   std::unordered_map<const c10::TensorImpl*, int> places_;
 };
 
+// Adds a module's mode, its parameters' and buffers' places, versions and devices, and those of its parts; false where
+// there is a hook, or a kind of module that has no dicts of them.
+bool add_state(py::handle module, std::vector<int64_t>& found) {
+  static const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
+  static PyObject *const hooks[] = {name("_forward_hooks"), name("_forward_pre_hooks")}, *const training =
+                                                                                             name("training");
+  static PyObject *const tensors[] = {name("_parameters"), name("_buffers")}, *const modules = name("_modules");
+  const auto attribute = [&](PyObject* name) {
+    const py::object value = py::reinterpret_steal<py::object>(PyObject_GetAttr(module.ptr(), name));
+    if (!value) throw py::error_already_set();
+    return value;
+  };
+  for (PyObject* name : hooks) {
+    if (PyObject_IsTrue(attribute(name).ptr())) return false;
+  }
+  found.push_back(PyObject_IsTrue(attribute(training).ptr()));
+  PyObject *key, *value;
+  for (PyObject* name : tensors) {
+    const py::object dict = attribute(name);
+    if (!PyDict_Check(dict.ptr())) return false;
+    for (Py_ssize_t next = 0; PyDict_Next(dict.ptr(), &next, &key, &value);) {
+      if (!THPVariable_Check(value)) continue;
+      const at::Tensor& tensor = THPVariable_Unpack(value);
+      found.push_back(tensor.has_storage() ? reinterpret_cast<int64_t>(tensor.const_data_ptr()) : 0);
+      found.push_back(tensor.is_inference() ? 0 : tensor._version());
+      found.push_back(static_cast<int64_t>(tensor.device().type()));
+    }
+  }
+  const py::object parts = attribute(modules);
+  if (!PyDict_Check(parts.ptr())) return false;
+  for (Py_ssize_t next = 0; PyDict_Next(parts.ptr(), &next, &key, &value);) {
+    if (value != Py_None && !add_state(value, found)) return false;
+  }
+  return true;
+}
+
+// bytes that change when a parameter, a buffer or a mode does; None where the network cannot be replayed.
+py::object state_of(py::handle network) {
+  std::vector<int64_t> found;
+  if (!add_state(network, found)) return py::none();
+  return py::bytes(reinterpret_cast<const char*>(found.data()), found.size() * sizeof(int64_t));
+}
+
 }  // namespace
 
 void define_tape(py::module& module) {
+  module.def("network_state", &state_of,
+             "changes when a parameter, a buffer or a mode does; None where there are hooks");
   py::class_<Memory, std::shared_ptr<Memory>>(module, "Memory", "of the results of a network's tapes").def(py::init());
   py::class_<Tape>(module, "Tape", "operator calls of a network, run again without Python in between")
       .def(py::init<std::shared_ptr<Memory>, const std::vector<at::Tensor>&>())

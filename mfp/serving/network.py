@@ -64,24 +64,12 @@ def replays(args: Sequence[Any]) -> bool:
     return backends.choose(args[0].device).name == "cpu"
 
 
-def state_of(network: nn.Module) -> list[Any] | None:
+def state_of(network: nn.Module) -> tuple[Any, ...] | None:
     """Changes when a parameter, a buffer or a mode does; None where a hook is to be called."""
-    found: list[Any] = [os.environ.get("MFP_WINOGRAD")]
-    if network._forward_hooks or network._forward_pre_hooks or not _add_state(network, found):
-        return None
-    return found
+    from mfp import _C  # type: ignore[attr-defined]  # the compiled part
 
-
-def _add_state(module: nn.Module, found: list[Any]) -> bool:
-    if module._forward_hooks or module._forward_pre_hooks:
-        return False
-    found.append(module.training)
-    for tensors in (module._parameters, module._buffers):
-        for tensor in tensors.values():
-            if tensor is not None:
-                version = 0 if tensor.is_inference() else tensor._version
-                found.append((tensor.data_ptr(), version, tensor.device.type))
-    return all(_add_state(part, found) for part in module._modules.values())
+    found = _C.network_state(network)
+    return None if found is None else (os.environ.get("MFP_WINOGRAD"), found)
 
 
 @dataclass(frozen=True)
@@ -109,10 +97,10 @@ class Tapes:
         from mfp import _C  # type: ignore[attr-defined]  # the compiled part
 
         self.lock, self.memory = Lock(), _C.Memory()
-        self.state: list[Any] | None = None
+        self.state: tuple[Any, ...] | None = None
         self.recordings: OrderedDict[tuple, Recording] = OrderedDict()
 
-    def find(self, sizes: tuple, state: list[Any]) -> Recording | None:
+    def find(self, sizes: tuple, state: tuple[Any, ...]) -> Recording | None:
         with self.lock:
             if self.state != state:
                 self.recordings.clear()
@@ -122,7 +110,7 @@ class Tapes:
                 self.recordings.move_to_end(sizes)
             return found
 
-    def add(self, sizes: tuple, state: list[Any], recording: Recording) -> None:
+    def add(self, sizes: tuple, state: tuple[Any, ...], recording: Recording) -> None:
         with self.lock:
             if self.state == state:
                 self.recordings[sizes] = recording
