@@ -24,6 +24,7 @@ constexpr int kConstant = -1, kList = -2;
 
 // What the tapes of one network share: the memory of their results, kept for the tape that ran last.
 struct Memory {
+  Memory() { cpu::PoolAllocator::install(); }
   std::shared_ptr<cpu::Pool> pool = std::make_shared<cpu::Pool>();
   std::atomic<const void*> user = nullptr;
 };

@@ -13,7 +13,6 @@
 #include "cpu/conv/conv.h"
 #include "cpu/conv/pixel_order.h"
 #include "cpu/join/landing.h"
-#include "cpu/pool.h"
 
 namespace mfp::cpu {
 namespace {
@@ -111,9 +110,6 @@ void run(Conv conv) {
 
 at::Tensor empty_output(const Conv& conv, const at::Tensor& input) {
   const std::array<int64_t, 4> sizes = {conv.batch, conv.filters, conv.out_size[0], conv.out_size[1]};
-  if (current_pool() != nullptr && c10::multiply_integers(sizes) * 4 >= Pool::kLeast) {
-    return current_pool()->empty(sizes);
-  }
   return at::empty(sizes, input.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
