@@ -55,7 +55,7 @@ class ByIndex(nn.Module):
 
     def is_fast(self, x: Tensor) -> bool:
         """Whether mfp.moves takes the call; the index is looked at once."""
-        if not is_plain_call(x, self.dim):
+        if x.is_meta or not is_plain_call(x, self.dim):
             return False
         if self._ordered[0] is not self.index:
             self._ordered = self.index, bool((self.index.diff() > 0).all())
