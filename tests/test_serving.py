@@ -314,4 +314,4 @@ def test_a_serving_form_counts_as_the_network_it_is_made_of(name):
     model, image = masked(getattr(torchvision.models, name)(num_classes=10)), torch.zeros(1, 3, 64, 64)
     small, serving = mfp.compact(model, image), mfp.compact(model, image, fold_bn=True)
     wider = serving.report.flops_after / small.report.flops_after  # its widths are filled up
-    assert 1 <= wider < 1.1
+    assert 1 <= wider < 1.15
