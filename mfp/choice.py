@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
@@ -48,7 +49,7 @@ def choose(pruner: FilterPruner, plan: FilterPlan, hindsight: Callable[[nn.Modul
         return _choose_per_layer(pruner, scores, masks)
     if pruner.allocator:
         last = pruner.decisions[-1].criterion if pruner.decisions else pruner.criteria[0]
-        suited = FilterScores(pruner.allocator.suited(scores, last, pruner.comparison), scores.by_name)
+        suited = replace(scores, plan=pruner.allocator.suited(scores, last, pruner.comparison))
         masks |= {c + BY_SENSITIVITY: select_filters(suited, c) for c in pruner.criteria}
     if pruner.attribute in attributes.WITHOUT_DATA:
         measure = attributes.WITHOUT_DATA[pruner.attribute]

@@ -170,14 +170,15 @@ def _free_directory(config: RunConfig) -> Path:
 PANELS = {
     "What matters first": ("arch", "data", "rate", "epochs", "output"),
     "What is pruned, and how": (
-        "criteria", "attribute", "mode", "residual", "channel_multiple", "skip", "layer_rates", "interval", "settle",
-        "per_layer", "mask_bn", "recalibrate", "calibration_batches",
+        "criteria", "attribute", "mode", "one_way", "residual", "channel_multiple", "skip", "layer_rates", "interval",
+        "settle", "per_layer", "mask_bn", "recalibrate", "calibration_batches",
     ),
     "A cost instead of a rate": ("target_flops", "target_parameters", "target_milliseconds", "engine", "allocate"),
     "Network and data": ("recipe", "weights", "model", "dataset", "validation", "download"),
     "Optimisation": (
-        "batch", "accumulate", "lr", "momentum", "nesterov", "weight_decay", "schedule", "milestones", "gamma",
-        "warmup_epochs", "clip", "label_smoothing", "ema", "precision", "channels_last", "compile", "seed",
+        "batch", "accumulate", "lower_accumulate", "lr", "momentum", "nesterov", "weight_decay", "schedule",
+        "milestones", "gamma", "warmup_epochs", "clip", "label_smoothing", "ema", "precision", "channels_last",
+        "compile", "seed",
     ),
     "The run": ("resume", "dense", "workers", "device", "timeout", "checkpoint_every", "tensorboard"),
 }  # fmt: skip

@@ -98,6 +98,8 @@ class FilterPruner:
             cross-entropy for None.
         mode: ``soft`` (pruned filters learn on), ``hard`` (the first choice holds; gradients are masked),
             ``asymptotic`` or ``cubic`` (soft, with a growing rate).
+        one_way: with a growing rate, filters never come back: each mask contains the one before, and holds until the
+            next (as in ``hard`` mode). Further filters are chosen among those that are left.
         interval: prune every so many epochs, and after the last.
         epochs: how many there will be; needed by growing rates, and to prune after the last.
         mask_bn: zero biases and BatchNorm entries with the filters. Where pruned filters learn on, the values come back
@@ -131,6 +133,7 @@ class FilterPruner:
         calibration: Batches | None = None,
         loss: Loss | None = None,
         mode: str = "soft",
+        one_way: bool = False,
         interval: int = 1,
         epochs: int | None = None,
         mask_bn: bool = True,
@@ -149,7 +152,7 @@ class FilterPruner:
         calibration = list(calibration) if calibration is not None else None
         check_calibration(known, calibration)
         attributes.check(attribute, calibration)
-        schedule.check(mode, interval, epochs)
+        schedule.check(mode, interval, epochs, one_way)
         if per_layer and attribute not in attributes.WITHOUT_DATA:
             raise MfpError(
                 f"per_layer=True needs an attribute without data ({', '.join(attributes.WITHOUT_DATA)}), "
@@ -161,7 +164,7 @@ class FilterPruner:
             raise MfpError("recalibrate=True needs calibration batches")
         self.allocator = None if allocate is None else Allocator(allocate, calibration, per_layer)
         self.attribute, self.calibration, self.loss = attribute, calibration, loss
-        self.mode, self.interval, self.epochs = mode, interval, epochs
+        self.mode, self.one_way, self.interval, self.epochs = mode, one_way, interval, epochs
         self.mask_bn, self.per_layer, self.recalibrate = mask_bn, per_layer, recalibrate
         check_plan_arguments(rate, skip, layer_rates or {}, channel_multiple, residual)
         self._plan_arguments = {
@@ -181,6 +184,7 @@ class FilterPruner:
             self._first_batch = FirstBatch(self.model)
         self.example_input = example_input
         self.smaller: Smaller | None = None  # the network after shrink_
+        self.shrunk_by: FilterMask | None = None  # the mask that it was made by
         self.mask: FilterMask | None = None
         self.decisions: list[Decision] = []
 
@@ -217,6 +221,11 @@ class FilterPruner:
         """The attribute's name, a callable's own included."""
         return self.attribute if isinstance(self.attribute, str) else getattr(self.attribute, "__name__", "attribute")
 
+    @property
+    def holds(self) -> bool:
+        """Whether what the mask prunes stays zero: in ``hard`` mode, and on the one way."""
+        return self.mask is not None and (self.mode == "hard" or self.one_way)
+
     @torch.no_grad()
     def step(self, epoch: int, hindsight: Callable[[nn.Module], float] | None = None) -> Decision | None:
         """Call at the end of each epoch (from 0), or with -1 before the first to prune a trained network at once.
@@ -227,33 +236,35 @@ class FilterPruner:
 
         Returns:
             the decision, or None when the schedule says not now. In ``hard`` mode only the first call decides; later
-            ones zero the same filters again, in case something moved them.
+            ones zero the same filters again, in case something moved them. On the one way a smaller network has zero
+            filters then: call :meth:`shrink_` again.
 
         Raises:
             MfpError: weights that are not finite; nothing is zeroed then.
         """
-        if self.smaller is not None:
-            return None
         if self.mode == "hard" and self.mask is not None:
-            self.mask.apply_(self.mask_bn)
+            if self.smaller is None:
+                self.mask.apply_(self.mask_bn)
             return None
         if not schedule.prune_now(epoch, self.interval, self.epochs):
             return None
+        self._widen()
         self.affine_backup.restore_()  # does something only when no training came between two calls
         values = self.affine_backup.snapshot()
         factor = schedule.rate_factor(self.mode, epoch, self.epochs)
         plan = self.plan if factor == 1.0 else self.plan.scaled(factor)
         if len(self.criteria) == 1 and not self.allocator:
-            data = {"calibration": self.calibration, "loss": self.loss}
-            mask = prune_filters_(plan, self.criteria[0], mask_bn=self.mask_bn, **data)
+            mask = prune_filters_(plan, self.criteria[0], mask_bn=self.mask_bn, **self._scored_on())
             choice = Choice(self.criteria[0], mask, None, None, {})
         else:
             choice = choose(self, plan, hindsight)
             choice.mask.apply_(self.mask_bn)
-        if self.mask_bn and self.mode != "hard":
+        if self.mask_bn and self.mode != "hard" and not self.one_way:
             self.affine_backup.set_aside(values, choice.mask)
         if self.recalibrate:
             self.comparison.settle_(choice.statistics)
+        if self.smaller is not None:
+            self.smaller.load_(self.smaller.network, self.plan.model.to("cpu"))
         decision = Decision(
             epoch=epoch,
             rate_factor=factor,
@@ -279,8 +290,8 @@ class FilterPruner:
         self.mode = "hard"
 
     def mask_gradients_(self) -> None:
-        """In ``hard`` mode, between ``backward()`` and the optimiser's step: zero the gradients of pruned filters."""
-        if self.mode == "hard" and self.mask is not None and self.smaller is None:
+        """Where the mask holds, between ``backward()`` and a step: zero the gradients of pruned filters."""
+        if self.holds and self.smaller is None:
             self.mask.apply_to_gradients_(self.mask_bn)
 
     def shrink_(
@@ -291,6 +302,8 @@ class FilterPruner:
         >>> if epoch == 40:
         ...     pruner.hold_()
         ...     model = pruner.shrink_(optimizer)
+
+        On the one way, ``if pruner.step(epoch): model = pruner.shrink_(optimizer)`` makes it smaller at every point.
 
         One step of the smaller network is the masked network's to rounding (which is tried out in float64 on random
         input), but for dropout, which draws numbers for the channels that are left. Only what the mask holds at zero
@@ -307,8 +320,9 @@ class FilterPruner:
                 module): there the smaller network takes its place, and the optimiser may have all its parameters.
 
         Returns:
-            the smaller network (again, when called again). Where it cannot be had, the masked network, with a warning
-            that says why: training can go on with either.
+            the smaller network (the same one, until the mask is another). Where it cannot be had, the masked network,
+            with a warning that says why (none on the one way, as long as the mask takes too little to make anything
+            smaller): training can go on with either.
 
         Raises:
             MfpError: the mask does not hold yet, or the optimiser has state or parameters that are not understood.
@@ -324,7 +338,12 @@ class FilterPruner:
         """
         if self.smaller is None:
             return self.model
-        return self.smaller.widen_(self.plan.model, network or self.smaller.network)
+        return self.smaller.widen_(self.plan.model.to("cpu"), network or self.smaller.network)
+
+    def _widen(self) -> None:
+        """After :meth:`shrink_`, the original network gets the weights as they are now, where the smaller one is."""
+        if self.smaller is not None:
+            self.masked().to(next(self.smaller.network.parameters()).device)
 
     def score(self, plan: FilterPlan | None = None, more: Sequence[str] = ()) -> FilterScores:
         """Scores of all filters as they are now by every candidate, and by ``more`` criteria; all processes take part.
@@ -332,8 +351,12 @@ class FilterPruner:
         Args:
             plan: the pruner's own, or one made from it.
         """
-        asked = (*self.criteria, *more)
-        return score_filters(plan or self.plan, asked, calibration=self.calibration, loss=self.loss)
+        self._widen()
+        return score_filters(plan or self.plan, (*self.criteria, *more), **self._scored_on())
+
+    def _scored_on(self) -> dict[str, Any]:
+        """What criteria look at, besides weights."""
+        return {"calibration": self.calibration, "loss": self.loss, "live": self.mask if self.one_way else None}
 
     def state_dict(self) -> dict:
         """What a resumed run needs: plain values for JSON, and tensors.
@@ -370,7 +393,7 @@ class FilterPruner:
         self.affine_backup.check(state["affine_backup"])
         self.affine_backup.set_aside(state["affine_backup"], mask)
         self.mask, self.decisions = mask, decisions
-        if state.get("shrunk"):
+        if state.get("shrunk") and not self.one_way:
             self.hold_()
 
     def _layers(self) -> list[list]:

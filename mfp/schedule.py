@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from mfp.errors import MfpError, did_you_mean
 
-MODES = ("soft", "hard", "asymptotic", "cubic")
+GROWING = ("asymptotic", "cubic")
+MODES = ("soft", "hard", *GROWING)
 
 # ASFP (arXiv 1808.07471) lets the rate pass three quarters of its goal after an eighth of the epochs:
 # (1 - x) / (1 - x^8) = 3/4, where x is what is left of the distance to the limit after that eighth.
 _ASYMPTOTIC_EIGHTH = 0.250011448284956
 
 
-def check(mode: str, interval: int, epochs: int | None) -> None:
-    """Raise for an unknown mode, an interval below 1, or a growing rate without a last epoch."""
+def check(mode: str, interval: int, epochs: int | None, one_way: bool = False) -> None:
+    """Raise for an unknown mode, an interval below 1, a growing rate without a last epoch, or one way without one."""
     if mode not in MODES:
         raise MfpError(f"unknown mode {mode!r}: known are {', '.join(MODES)}{did_you_mean(mode, MODES)}")
     if not isinstance(interval, int) or interval < 1:
         raise MfpError(f"interval must be a whole number of epochs, at least 1; got {interval!r}")
     if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
         raise MfpError(f"epochs must be a whole number of at least 1, got {epochs!r}")
-    if epochs is None and mode in ("asymptotic", "cubic"):
+    if epochs is None and mode in GROWING:
         raise MfpError(f"mode {mode!r} lets the rate grow until the last epoch: give epochs=")
+    if one_way and mode not in GROWING:
+        why = "filters are to come back" if mode == "soft" else "no filter comes back anyway"
+        raise MfpError(f"one_way=True goes with a rate that grows ({' or '.join(GROWING)}); in mode {mode!r} {why}")
 
 
 def prune_now(epoch: int, interval: int = 1, epochs: int | None = None) -> bool:

@@ -14,15 +14,23 @@ from mfp.attributes import Batches
 from mfp.criteria import PAPER_CRITERIA, Criterion
 from mfp.errors import MfpError
 from mfp.gradients import Loss, weight_gradients
+from mfp.mask import FilterMask
 from mfp.plan import FilterPlan
 
 
 @dataclass(frozen=True)
 class FilterScores(Mapping[str, Tensor]):
-    """Scores by criterion name: ``scores["l2_distance"]`` is float32 ``[F]`` in plan order."""
+    """Scores by criterion name: ``scores["l2_distance"]`` is float32 ``[F]`` in plan order.
+
+    Attributes:
+        plan: which layers, and how many filters of each are to go.
+        by_name: the scores.
+        live: the filters that were scored, if not all; the others are gone for good.
+    """
 
     plan: FilterPlan
     by_name: dict[str, Tensor]
+    live: FilterMask | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.by_name:
@@ -43,6 +51,7 @@ def score_filters(
     *,
     calibration: Batches | None = None,
     loss: Loss | None = None,
+    live: FilterMask | None = None,
 ) -> FilterScores:
     """Score every filter of every layer by every criterion, in one call.
 
@@ -65,6 +74,8 @@ def score_filters(
         backend: forces ``cpu``, ``cuda``, ``triton`` or ``reference``.
         calibration: ``[(inputs, targets), ...]``; needed by ``taylor``, and by nothing else.
         loss: ``(outputs, targets) -> scalar``, an average over the samples; cross-entropy for None.
+        live: score only the filters that this mask keeps, among each other (distances to those that are gone say
+            nothing); the others have score 0.
 
     Raises:
         MfpError: unknown criterion, ``taylor`` without calibration batches, ``bn_scale`` of a layer that no BatchNorm
@@ -76,9 +87,22 @@ def score_filters(
     own = [c for c in known if c not in scaled]
     scales = batchnorm_scales(plan) if scaled else []
     gradients = gradients_for(plan, own, calibration, loss)
-    rows = _score(own, plan.weights(), gradients, backend) | _score(scaled, scales, (), backend)
+    weights = plan.weights()
+    keep = None if live is None else live.keep.to(weights[0].device)
+    rows = _score(own, _rows(plan, weights, keep), _rows(plan, gradients, keep), backend)
+    rows |= _score(scaled, _rows(plan, scales, keep), (), backend)
+    if keep is not None:
+        rows = {name: row.new_zeros(len(keep)).masked_scatter_(keep, row) for name, row in rows.items()}
     require_finite(plan, torch.stack(list(rows.values())), gradients)
-    return FilterScores(plan, {c.name: rows[c.name] for c in known})
+    return FilterScores(plan, {c.name: rows[c.name] for c in known}, live)
+
+
+def _rows(plan: FilterPlan, tensors: Sequence[Tensor], keep: Tensor | None) -> Sequence[Tensor]:
+    """Of tensors with a row a filter, one a layer (or none at all), the rows of filters that are kept."""
+    if keep is None:
+        return tensors
+    pairs = zip(plan.layers, tensors, strict=bool(tensors))
+    return [tensor.detach()[keep[layer.slice]].contiguous() for layer, tensor in pairs]
 
 
 def _score(

@@ -24,6 +24,8 @@ def select_filters(scores: FilterScores, criterion: str | Mapping[str, str] | No
     >>> int((~mask.keep).sum()) == sum(layer.num_pruned for layer in plan.layers)
     True
 
+    Where only some filters were scored (``scores.live``), all others are marked too, and count as lost.
+
     Args:
         scores: from :func:`mfp.score_filters`; its plan says how many filters go.
         criterion: a scored criterion, or one per layer ``{layer name: criterion}``; may be left out when only one
@@ -40,14 +42,18 @@ def select_filters(scores: FilterScores, criterion: str | Mapping[str, str] | No
     if isinstance(criterion, str):
         criterion = {layer.name: criterion for layer in plan.layers}
     own = [scores[criterion[layer.name]][layer.slice] for layer in plan.layers]
+    gone = torch.zeros_like(torch.cat(own), dtype=torch.bool)
+    if scores.live is not None:
+        gone = ~scores.live.keep.to(gone.device)
     shared: dict[int, Tensor] = {}  # of a coupled plan: the sum of each group's scores
     for layer, score in zip(plan.layers, own, strict=True):
         if layer.group is not None:
             shared[layer.group] = shared.get(layer.group, 0) + score.double()
-    keep = [
-        lowest_pruned(score if layer.group is None else shared[layer.group], layer.num_pruned)
-        for layer, score in zip(plan.layers, own, strict=True)
-    ]
+    keep = []
+    for layer, score in zip(plan.layers, own, strict=True):
+        score, lost = shared.get(layer.group, score), gone[layer.slice]
+        count = layer.num_pruned if scores.live is None else max(layer.num_pruned, int(lost.sum()))
+        keep.append(lowest_pruned(score.masked_fill(lost, -torch.inf), count))
     return FilterMask(plan, torch.cat(keep))
 
 
@@ -118,6 +124,7 @@ def prune_filters_(
     backend: str | None = None,
     calibration: Batches | None = None,
     loss: Loss | None = None,
+    live: FilterMask | None = None,
 ) -> FilterMask:
     """Score, select and zero in one op: one launch on a GPU, one call on a CPU.
 
@@ -128,6 +135,7 @@ def prune_filters_(
         criterion: a name.
         mask_bn: zero the pruned filters' biases and BatchNorm entries too.
         calibration, loss: for criteria that look at data, as in :func:`mfp.score_filters`.
+        live: the filters that are left; what it does not keep stays pruned and counts as lost.
 
     Raises:
         MfpError: as :func:`mfp.score_filters`; nothing is zeroed then. For weights that are not finite nobody looks
@@ -135,8 +143,9 @@ def prune_filters_(
     """
     (known,) = check_criteria((criterion,))
     grouped = any(layer.group is not None for layer in plan.layers)
-    if grouped or known.source == "batchnorm":  # ranked across layers, or by other tensors: the op does neither
-        mask = select_filters(score_filters(plan, (criterion,), backend, calibration=calibration, loss=loss))
+    # ranked across layers, by other tensors, or among some filters: the op does none of these
+    if grouped or known.source == "batchnorm" or live is not None:
+        mask = select_filters(score_filters(plan, (criterion,), backend, calibration=calibration, loss=loss, live=live))
         mask.apply_(mask_bn)
         return mask
     gradients = gradients_for(plan, [known], calibration, loss)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from mfp.capture import example_arguments, plain_tensors
 from mfp.compact.optimizer import check_optimizer, cut_optimizer_
-from mfp.compact.training import NotEqual, Smaller, keep_zero, make_smaller, rehearse
+from mfp.compact.training import NotEqual, NothingSmaller, Smaller, keep_zero, make_smaller, rehearse
+from mfp.compact.write import modes_of, restore_modes
 from mfp.errors import CaptureError, MfpError
 from mfp.mask import FilterMask
 from mfp.structure import guesses
@@ -24,34 +25,57 @@ if TYPE_CHECKING:
 
 def shrink(pruner: FilterPruner, optimizer: Optimizer | None, averaged: Any, within: nn.Module | None) -> nn.Module:
     """What :meth:`mfp.FilterPruner.shrink_` does."""
-    if pruner.smaller is not None:
-        return pruner.smaller.network
-    model, mask, mask_bn = pruner.model, pruner.mask, pruner.mask_bn
-    if mask is None or pruner.mode != "hard":
+    mask = pruner.mask
+    if mask is None or not pruner.holds:
         state = "there is no mask yet" if mask is None else "pruned filters may still come back"
         raise MfpError(f"shrink_: {state}; call pruner.hold_() when its mask is to hold, or prune with mode='hard'")
-    path = _path(model, within) if within is not None else ""
+    if pruner.smaller is not None and torch.equal(mask.keep.cpu(), pruner.shrunk_by.keep.cpu()):
+        return pruner.smaller.network
+    path = _path(pruner.model, within) if within is not None else ""
     if optimizer is not None:
-        check_optimizer(optimizer, within or model)
-    held = held_entries(mask, mask_bn)
+        check_optimizer(optimizer, within or pruner.model)
+    averages = averaged if isinstance(averaged, list | tuple) else [averaged] if averaged is not None else []
+    if pruner.smaller is not None:
+        _back_to_the_original_shape(pruner, optimizer, averages, within, path)
+    model, held = pruner.model, held_entries(mask, pruner.mask_bn)
     zero_(model, held, optimizer)
+    for average in averages:
+        zero_(average.module.get_submodule(path), held)
     try:
         with plain_tensors():
             smaller = _smaller(pruner, held)
     except (CaptureError, NotEqual) as error:
-        warnings.warn(f"training goes on with the masked network, which cannot be shrunk: {error}", stacklevel=3)
+        if not (isinstance(error, NothingSmaller) and pruner.mode != "hard"):
+            warnings.warn(f"training goes on with the masked network, which cannot be shrunk: {error}", stacklevel=3)
         return model
     keep_zero(smaller, held)
-    for average in averaged if isinstance(averaged, list | tuple) else [averaged] if averaged is not None else []:
-        _shrink_average(average, path, held, smaller)
+    for average in averages:
+        old = average.module.get_submodule(path)
+        _replace_average(average, path, smaller.load_(copy.deepcopy(smaller.network), old))
     if optimizer is not None:
         cut_optimizer_(optimizer, model, smaller.network, smaller.origins)
     if within is not None:
         _replace(within, path, smaller.network)
     model.zero_grad(set_to_none=True)
     model.to("cpu")  # kept for the plan, and for FilterPruner.masked
-    pruner.smaller, pruner.model = smaller, smaller.network
+    pruner.smaller, pruner.shrunk_by, pruner.model = smaller, mask, smaller.network
     return smaller.network
+
+
+def _back_to_the_original_shape(
+    pruner: FilterPruner, optimizer: Optimizer | None, averages: Sequence[Any], within: nn.Module | None, path: str
+) -> None:
+    """Undoes :func:`shrink`, to do it by another mask; only what it left has changed since."""
+    small, device = pruner.smaller, next(pruner.smaller.network.parameters()).device
+    model = pruner.masked().to(device)
+    restore_modes(model, modes_of(small.network))
+    for average in averages:
+        _replace_average(average, path, small.widen_(copy.deepcopy(model), average.module.get_submodule(path)))
+    if optimizer is not None:
+        cut_optimizer_(optimizer, small.network, model, small.back(model))
+    if within is not None:
+        _replace(within, path, model)
+    pruner.smaller, pruner.model = None, model
 
 
 def _path(model: nn.Module, within: nn.Module) -> str:
@@ -109,12 +133,10 @@ def _examples(pruner: FilterPruner) -> Iterator[Any]:
         yield from guesses(pruner.model)
 
 
-@torch.no_grad()
-def _shrink_average(average: Any, path: str, held: dict[str, Tensor], smaller: Smaller) -> None:
-    """An average of the weights (torch's AveragedModel, timm's ModelEma: a copy of the network in ``module``)."""
+def _replace_average(average: Any, path: str, new: nn.Module) -> None:
+    """In an average of the weights (torch's AveragedModel, timm's ModelEma: a copy of the network in ``module``)."""
     old = average.module.get_submodule(path)
-    zero_(old, held)
-    new = smaller.load_(copy.deepcopy(smaller.network), old).train(old.training)
+    new.train(old.training)
     if not any(parameter.requires_grad for parameter in old.parameters()):
         new.requires_grad_(False)
     if path:

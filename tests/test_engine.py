@@ -3,18 +3,17 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import signal
 
 import pytest
 import torch
 from safetensors import safe_open
-from train_helpers import one_thread, tiny_config, tiny_data, tiny_trainer  # noqa: F401
+from train_helpers import cut_and_resumed, essence, one_thread, tiny_config, tiny_data, tiny_trainer  # noqa: F401
 
 from mfp.atomic import WriteError
 from mfp.errors import MfpError
 from mfp.train import engine
-from mfp.train.checkpoints import checkpoint_files, digest_of, save_checkpoint
+from mfp.train.checkpoints import checkpoint_files, save_checkpoint
 from mfp.train.config import RunConfig
 from mfp.train.data import load_data
 from mfp.train.engine import Interrupted
@@ -26,14 +25,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def data():
     return tiny_data()
-
-
-def essence(trainer) -> str:
-    """A digest of all that must come out the same; the history without what a clock measured."""
-    state = trainer.state()
-    clocked = ("seconds", "images_per_second", "share_")
-    state["history"] = [{k: v for k, v in row.items() if not k.startswith(clocked)} for row in state["history"]]
-    return digest_of(state)
 
 
 def test_training_learns_and_prunes(tmp_path, data):
@@ -73,26 +64,7 @@ def test_training_learns_and_prunes(tmp_path, data):
 )
 def test_cut_at_every_step_and_resumed_to_the_same_bits(tmp_path, data, settings):
     config = tiny_config(checkpoint_every=1, **settings)
-    whole = tiny_trainer(tmp_path / "whole", config, data)
-    copies = tmp_path / "copies"
-
-    def save_and_copy(directory, step, state):
-        path = save_checkpoint(directory, step, state)
-        (copies / path.stem).mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copies / path.stem)
-        return path
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "save_checkpoint", save_and_copy)
-        whole.fit()
-    cuts = sorted(copies.iterdir())
-    assert len(cuts) == 8
-    for cut in cuts if not settings else cuts[::3]:
-        resumed = tiny_trainer(cut, config, data)
-        assert resumed.resume()
-        assert essence(resumed) != essence(whole) or cut == cuts[-1]
-        resumed.fit()
-        assert essence(resumed) == essence(whole), cut.name
+    cut_and_resumed(tmp_path, config, data, which=slice(None, None, 3 if settings else 1))
 
 
 def held_out(directory):
@@ -281,6 +253,10 @@ def test_learning_rates():
         ({"criteria": ()}, "--criteria must be at least one name"),
         ({"precision": "int8"}, "--precision must be one of float32, bfloat16, float16, not int8"),
         ({"batch": 10, "accumulate": 3}, "--batch 10 cannot be cut into --accumulate 3 equal parts"),
+        ({"one_way": True}, "--one-way goes with --mode asymptotic or cubic: in mode soft filters come back"),
+        ({"one_way": True, "mode": "hard"}, "in mode hard no filter comes back anyway"),
+        ({"lower_accumulate": True}, "--lower-accumulate needs an --accumulate above 1 to start from"),
+        ({"lower_accumulate": True, "accumulate": 2, "shrink": False}, "to start from, and no --no-shrink"),
         ({"schedule": "cosine", "warmup_epochs": 20}, "--warmup-epochs must be below --epochs"),
     ],
 )

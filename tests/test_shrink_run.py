@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
-import shutil
 import signal
 
 import pytest
 import torch
 from ranks import outcome, run_ranks, train
-from test_engine import essence
-from train_helpers import one_thread, tiny_config, tiny_data, tiny_trainer  # noqa: F401
+from train_helpers import copied_checkpoints, cut_and_resumed, one_thread, tiny_config, tiny_data, tiny_trainer  # noqa: F401
 
 import mfp
+from mfp.compact.training import make_smaller
 from mfp.errors import MfpError
-from mfp.train import engine
-from mfp.train.checkpoints import checkpoint_files, save_checkpoint
+from mfp.shrinking import held_entries
+from mfp.train.checkpoints import checkpoint_files
 from mfp.train.distributed import World
 from mfp.train.evaluation import evaluate
 from mfp.train.load import load_masked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HALF = {"epochs": 4, "settle": 0.5, "checkpoint_every": 1, "batch": 24}  # two steps an epoch; small from step 4 on
+ONE_WAY = {**HALF, "mode": "cubic", "one_way": True, "rate": 0.5, "settle": 0.25}  # smaller after each of three epochs
+LOWER = {**ONE_WAY, "epochs": 8, "batch": 40, "rate": 0.75, "accumulate": 5, "lower_accumulate": True}  # one step each
 
 
 @pytest.fixture(scope="module")
@@ -55,34 +57,65 @@ def test_from_the_point_on_the_network_is_small_and_ends_as_the_masked_one(tmp_p
 @pytest.mark.parametrize(
     "settings",
     [{}, {"ema": 0.9, "clip": 0.5, "nesterov": True}, {"mode": "hard", "settle": 0.0, "precision": "bfloat16"},
-     {"channels_last": True, "mask_bn": False, "accumulate": 2}],
+     {"channels_last": True, "mask_bn": False, "accumulate": 2}, ONE_WAY,
+     {**ONE_WAY, "recalibrate": True, "ema": 0.9, "clip": 0.5, "criteria": ("taylor", "l1_distance")},
+     {**LOWER, "channels_last": True, "nesterov": True, "settle": 0.0},
+     {**ONE_WAY, "shrink": False, "mode": "asymptotic", "ema": 0.5}],
     ids=str,
 )  # fmt: skip
 def test_cut_at_every_step_and_resumed_to_the_same_bits(tmp_path, data, settings):
     config = tiny_config(**{**HALF, **settings})
-    whole, copies = tiny_trainer(tmp_path / "whole", config, data), tmp_path / "copies"
-
-    def save_and_copy(directory, step, state):
-        path = save_checkpoint(directory, step, state)
-        (copies / path.stem).mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copies / path.stem)
-        return path
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "save_checkpoint", save_and_copy)
-        whole.fit()
-    assert whole.small_from == (1 if "mode" in settings else 2)
-    cuts = sorted(copies.iterdir())
-    assert len(cuts) == 8
-    for cut in cuts if not settings else cuts[1:7:2]:
-        resumed = tiny_trainer(cut, config, data)
-        assert resumed.resume()
-        resumed.fit()
-        assert essence(resumed) == essence(whole), cut.name
+    whole = cut_and_resumed(tmp_path, config, data, which=slice(1, 7, 2) if settings else slice(None))
+    assert whole.small_from == (None if not config.shrink else 1 if "mode" in settings else 2)
+    assert whole.switch.accumulate == (4 if config.lower_accumulate else config.accumulate)
 
 
-def test_what_a_run_directory_gives_back(tmp_path, data):
-    trainer = tiny_trainer(tmp_path / "pruned", tiny_config(**HALF, ema=0.5), data)
+def test_on_the_one_way_the_network_shrinks_at_every_point(tmp_path, data):
+    runs = {}
+    for shrink in (False, True):
+        trainer, said = tiny_trainer(tmp_path / str(shrink), tiny_config(**ONE_WAY, shrink=shrink), data), []
+        trainer.reporter.say = said.append
+        trainer.fit()
+        runs[shrink] = trainer
+        masks = [decision.mask.keep for decision in trainer.pruner.decisions]
+        assert all((before | ~after).all() for before, after in itertools.pairwise(masks))
+        rows = list(csv.DictReader((tmp_path / str(shrink) / "epochs.csv").open()))
+        assert [row["filters_pruned"] for row in rows] == ["6", "8", "10", ""]
+        kept = runs[shrink].masked_model
+        for name, zero in held_entries(trainer.pruner.mask, True).items():
+            assert not kept.get_parameter(name)[zero].any()
+    counts = [int(row["parameters"]) for row in rows]
+    assert counts[0] > counts[1] > counts[2] == counts[3] == sum(p.numel() for p in trainer.model.parameters())
+    assert [line.split()[2] for line in said if "the network that is left" in line] == ["2", "3", "4"]
+    assert len([line for line in said if line.startswith("memory freed: ")]) == 3
+    assert runs[False].small_from is None and runs[False].optimizer.mask is runs[False].pruner.mask
+    assert trainer.small_from == 1 and trainer.optimizer.mask is None
+
+
+def test_where_a_second_switch_fails_the_run_goes_on_masked(tmp_path, data, monkeypatch):
+    real, calls = make_smaller, []
+
+    def refuse(*arguments):
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise mfp.errors.CaptureError("cannot capture TinyNet: a decision on values")
+        return real(*arguments)
+
+    monkeypatch.setattr("mfp.shrinking.make_smaller", refuse)
+    trainer, said = tiny_trainer(tmp_path, tiny_config(**ONE_WAY, ema=0.5), data), []
+    trainer.reporter.say = said.append
+    assert len(trainer.fit()) == 4 and len(calls) == 2
+    assert len([line for line in said if "goes on with the masked network" in line]) == 1
+    assert trainer.small_from is None and trainer.optimizer.mask is trainer.pruner.mask
+    assert trainer.history[0]["parameters"] < trainer.history[1]["parameters"] == trainer.history[3]["parameters"]
+    for name, zero in held_entries(trainer.pruner.mask, True).items():
+        assert not trainer.model.get_parameter(name)[zero].any()
+        assert not trainer.averaged.module.get_parameter(name)[zero].any()
+
+
+@pytest.mark.parametrize("settings", [HALF, ONE_WAY])
+def test_what_a_run_directory_gives_back(tmp_path, data, settings):
+    trainer = tiny_trainer(tmp_path / "pruned", tiny_config(**settings, ema=0.5), data)
     trainer.fit()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mfp.train.load.build_model", lambda arch, classes: type(trainer.pruner.plan.model)(classes))
@@ -123,28 +156,21 @@ def test_compiled_anew(tmp_path, data, monkeypatch):
 RANKS = {**HALF, "attribute": "weight_energy"}
 
 
-def test_two_ranks_are_cut_at_every_step(tmp_path, data):
-    copies = tmp_path / "copies"
-
-    def save_and_copy(directory, step, state):
-        path = save_checkpoint(directory, step, state)
-        (copies / path.stem).mkdir(parents=True)
-        shutil.copy(path, copies / path.stem)
-        return path
-
+@pytest.mark.parametrize("settings", [RANKS, {**RANKS, **LOWER}])
+def test_two_ranks_are_cut_at_every_step(tmp_path, data, settings):
     def all_runs(world: World) -> list:
-        engine.save_checkpoint = save_and_copy  # in this child only
-        trainer = tiny_trainer(tmp_path / "whole", tiny_config(**RANKS), data, world=world)
-        trainer.fit()
-        engine.save_checkpoint = save_checkpoint
+        trainer = tiny_trainer(tmp_path / "whole", tiny_config(**settings), data, world=world)
+        with copied_checkpoints(tmp_path / "copies"):
+            trainer.fit()
         world.barrier()
-        cuts = sorted(copies.iterdir())[1::2]
-        ends = [train(cut, data, world, **RANKS)["digest"] for cut in cuts]
+        cuts = sorted((tmp_path / "copies").iterdir())[1::2]
+        ends = [train(cut, data, world, **settings)["digest"] for cut in cuts]
+        assert trainer.switch.accumulate == (4 if trainer.config.lower_accumulate else 1)
         return [trainer.small_from, outcome(trainer)["digest"], *ends]
 
     for code, message, (small_from, *digests) in run_ranks(tmp_path / "m", 2, all_runs):
         assert code == 0, message
-        assert small_from == 2
+        assert small_from == (2 if settings is RANKS else 1)
         assert len(digests) == 5
         assert len(set(digests)) == 1
 
@@ -153,17 +179,19 @@ EVENTS = ("before", "while it shrinks", "while its checkpoint is written", "afte
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_killed_before_at_and_after_the_point(tmp_path, data, size):
+@pytest.mark.parametrize("settings", [RANKS, {**RANKS, **ONE_WAY}], ids=["once", "one way"])
+def test_killed_before_at_and_after_the_point(tmp_path, data, size, settings):
     """One run that is killed at each of the moments, one after the other, and resumed: the end is the same."""
 
     def killed_at(event: str, world: World) -> dict:
-        trainer = tiny_trainer(tmp_path / "killed", tiny_config(**RANKS), data, world=world)
+        trainer = tiny_trainer(tmp_path / "killed", tiny_config(**settings), data, world=world)
 
         def kill() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
         if event == "while it shrinks":
-            trainer.pruner.shrink_ = lambda *arguments, **keywords: kill()
+            real_one = trainer.pruner.shrink_
+            trainer.pruner.shrink_ = lambda *a, **k: kill() if trainer.batch == 2 else real_one(*a, **k)
         elif event == "while its checkpoint is written":
             real = os.replace
             os.replace = lambda *paths: kill() if trainer.small_from is not None else real(*paths)
@@ -174,11 +202,11 @@ def test_killed_before_at_and_after_the_point(tmp_path, data, size):
         trainer.fit()
         return outcome(trainer)
 
-    undisturbed = run_ranks(tmp_path / "m", size, lambda world: train(tmp_path / "whole", data, world, **RANKS))
+    undisturbed = run_ranks(tmp_path / "m", size, lambda world: train(tmp_path / "whole", data, world, **settings))
     for event in EVENTS:
         ends = run_ranks(tmp_path / "m", size, lambda world, e=event: killed_at(e, world), timeout=5)
         assert -signal.SIGKILL in [code for code, _, _ in ends], (event, ends)
         assert checkpoint_files(tmp_path / "killed")
-    ends = run_ranks(tmp_path / "m", size, lambda world: train(tmp_path / "killed", data, world, **RANKS))
+    ends = run_ranks(tmp_path / "m", size, lambda world: train(tmp_path / "killed", data, world, **settings))
     assert ends == undisturbed
     assert [code for code, _, _ in ends] == [0] * size

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ from torch import nn
 from torch.utils.data import Subset
 
 import mfp
+from mfp.train import engine
+from mfp.train.checkpoints import digest_of, save_checkpoint
 from mfp.train.config import RunConfig
 from mfp.train.data import ImageData, SeededDataset, load_data
 from mfp.train.distributed import World
@@ -90,9 +95,53 @@ def tiny_trainer(
             model, config.rate, criteria=config.criteria, attribute=config.attribute, mode=config.mode,
             calibration=calibration_batches(config, data, world), interval=config.interval,
             epochs=config.choosing_epochs, mask_bn=config.mask_bn, recalibrate=config.recalibrate,
-            allocate=config.allocates,
+            allocate=config.allocates, one_way=config.one_way,
         )  # fmt: skip
     return Trainer(config, data, model, directory, pruner, world, Reporter(quiet=True))
+
+
+def essence(trainer: Trainer) -> str:
+    """A digest of all that must come out the same; the history without what a clock measured."""
+    state = trainer.state()
+    clocked = ("seconds", "images_per_second", "share_")
+    state["history"] = [{k: v for k, v in row.items() if not k.startswith(clocked)} for row in state["history"]]
+    return digest_of(state)
+
+
+@contextlib.contextmanager
+def copied_checkpoints(directory: Path) -> Iterator[list[Path]]:
+    """Fills a list with one run directory for each checkpoint that is written, which holds that one alone."""
+    copies: list[Path] = []
+
+    def save_and_copy(own: Path, step: int, state: dict) -> Path:
+        path = save_checkpoint(own, step, state)
+        copies.append(directory / path.stem)
+        copies[-1].mkdir(parents=True)
+        shutil.copy(path, copies[-1])
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "save_checkpoint", save_and_copy)
+        yield copies
+
+
+def cut_and_resumed(directory: Path, config: RunConfig, data: ImageData, *, which: slice = slice(None)) -> Trainer:
+    """A whole run of eight steps, which ends with the same bits when it is resumed from any of its checkpoints.
+
+    Args:
+        which: of the checkpoints.
+    """
+    whole = tiny_trainer(directory / "whole", config, data)
+    with copied_checkpoints(directory / "copies") as cuts:
+        whole.fit()
+    assert len(cuts) == 8
+    for cut in cuts[which]:
+        resumed = tiny_trainer(cut, config, data)
+        assert resumed.resume()
+        assert essence(resumed) != essence(whole) or cut == cuts[-1]
+        resumed.fit()
+        assert essence(resumed) == essence(whole), cut.name
+    return whole
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ CLOSE = 1e-6  # of the largest entry, between steps of the two networks in float
 
 class NotEqual(MfpError):
     """The smaller network would not train as the masked one does."""
+
+
+class NothingSmaller(NotEqual):
+    """It would have as many parameters."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +67,41 @@ class Smaller:
     @torch.no_grad()
     def widen_(self, model: nn.Module, network: nn.Module) -> nn.Module:
         """The way back: a network of the original shape gets the weights and statistics of a smaller one; parameters
-        that are not there are zero."""
+        and statistics that are not there are zero."""
         olds, news = named_tensors(model), named_tensors(network)
+        constants = dict(model.named_buffers(remove_duplicate=False)).keys() - statistics(model)
         for name, origin in self.origins.items():
             old = olds.get(origin.name)
-            if old is None:  # computed from buffers alone
-                continue
-            places = torch.arange(2, old.numel() + 2).view(old.shape)  # 0 and 1: what fills slots without a meaning
-            index = origin.left(places).flatten() - 2
-            wide = old.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
-            if isinstance(old, nn.Parameter):
-                wide.zero_()
-            wide[index[index >= 0]] = news[name].detach().cpu().flatten()[index >= 0]
-            old.copy_(wide.view(old.shape))
+            if old is not None:  # else computed from buffers alone
+                like = old if origin.name in constants else torch.zeros_like(old)
+                old.copy_(self._spread(name, news[name].detach().to(old.device), like))
         return model
+
+    def back(self, model: nn.Module) -> dict[str, Origin]:
+        """Where the parameters of a network of the original shape come from, by name, once it trains again instead of
+        the smaller one: their entries that are not there have state 0."""
+        olds = dict(model.named_parameters())
+
+        def spread(value: Tensor, name: str, old: Tensor) -> Tensor:
+            return self._spread(name, value, torch.zeros_like(old, dtype=value.dtype))
+
+        names = {origin.name: name for name, origin in self.origins.items() if origin.name in olds}
+        return {own: Origin(name, partial(spread, name=name, old=olds[own])) for own, name in names.items()}
+
+    def _spread(self, name: str, value: Tensor, like: Tensor) -> Tensor:
+        """A tensor of a smaller network's tensor's shape in the original shape: entries that are not there as in
+        ``like``."""
+        places = torch.arange(2, like.numel() + 2).view(like.shape)  # 0 and 1: what fills slots without a meaning
+        index = self.origins[name].left(places).flatten() - 2
+        wide = like.detach().clone(memory_format=torch.contiguous_format).flatten()
+        wide[index[index >= 0]] = value.flatten()[index >= 0]
+        return wide.view(like.shape)
+
+
+def statistics(model: nn.Module) -> set[str]:
+    """Names of the BatchNorms' running means and variances."""
+    norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return {f"{name}.{part}".lstrip(".") for name in norms for part in ("running_mean", "running_var")}
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -104,7 +130,7 @@ def make_smaller(model: nn.Module, arguments: dict[str, Any], held: dict[str, Te
     if fresh:
         raise NotEqual(f"weights are computed from others in every step: {', '.join(fresh[:3])}")
     if count_parameters(small) == count_parameters(model):
-        raise NotEqual("nothing would get smaller: what follows the pruned filters learns on (see mask_bn)")
+        raise NothingSmaller("nothing would get smaller: what follows the pruned filters learns on (see mask_bn)")
     return smaller
 
 

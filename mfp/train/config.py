@@ -12,10 +12,10 @@ from typing import Any
 from mfp.criteria import PAPER_CRITERIA
 from mfp.errors import MfpError, did_you_mean
 from mfp.plan import RESIDUAL
+from mfp.schedule import GROWING, MODES
 from mfp.train.datasets import KNOWN
 
 ALLOCATIONS = ("uniform", "sensitivity", "each-point")
-MODES = ("soft", "hard", "asymptotic", "cubic")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
 # These may change when a run is resumed: they do not change what it computes on a CPU.
@@ -66,6 +66,9 @@ class RunConfig:
     criteria: tuple[str, ...] = _option(PAPER_CRITERIA, "candidate criteria, separated by commas")
     attribute: str = _option("loss", "what the chosen criterion must keep: weight_energy, sparsity, loss, ...")
     mode: str = _option("soft", f"one of {', '.join(MODES)}")
+    one_way: bool = _option(
+        False, "asymptotic and cubic: filters never come back, and the network shrinks at every pruning point"
+    )
     interval: int = _option(1, "epochs from one pruning point to the next")
     settle: float = _option(0.55, "share of the epochs, at the end, in which the mask holds and kept filters learn")
     shrink: bool = _option(True, "go on with the smaller network from where the mask holds; the papers do not")
@@ -90,6 +93,9 @@ class RunConfig:
     epochs: int = _option(15, "epochs")
     batch: int = _option(64, "images per optimiser step, over all processes")
     accumulate: int = _option(1, "parts in which a process computes its share of a batch, to save memory")
+    lower_accumulate: bool = _option(
+        False, "lower --accumulate when the smaller network needs no more memory in fewer parts"
+    )
     lr: float = _option(0.1, "highest learning rate")
     momentum: float = _option(0.9, "momentum of SGD")
     nesterov: bool = _option(False, "Nesterov momentum")
@@ -140,6 +146,11 @@ class RunConfig:
             raise MfpError("--allocate sensitivity needs a target: --target-flops, -parameters or -milliseconds")
         if self.by_sensitivity and not (self.weights or self.dense):
             raise MfpError("--allocate sensitivity needs a trained network to look at: --weights, or no --no-dense")
+        if self.one_way and self.mode not in GROWING:
+            why = "filters come back" if self.mode == "soft" else "no filter comes back anyway"
+            raise MfpError(f"--one-way goes with --mode {' or '.join(GROWING)}: in mode {self.mode} {why}")
+        if self.lower_accumulate and (self.accumulate == 1 or not self.shrink):
+            raise MfpError("--lower-accumulate needs an --accumulate above 1 to start from, and no --no-shrink")
         if self.batch % self.accumulate:
             raise MfpError(f"--batch {self.batch} cannot be cut into --accumulate {self.accumulate} equal parts")
 

@@ -12,7 +12,6 @@ import contextlib
 import math
 import random
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import mfp
 from mfp.atomic import WriteError, write_atomically
 from mfp.errors import MfpError
 from mfp.optim import MaskedSGD
+from mfp.shrinking import held_entries, zero_
 from mfp.train.checkpoints import digest_of, load_newest, save_checkpoint
 from mfp.train.config import RunConfig
 from mfp.train.data import EpochBatches, ImageData, derive_seed, make_loader, spread_over
@@ -33,6 +33,7 @@ from mfp.train.evaluation import evaluate
 from mfp.train.interrupts import Interrupted, noting_signals
 from mfp.train.progress import Bar, Reporter
 from mfp.train.records import Clock, decision_record, epoch_line, make_board, scores_file, to_csv, write_board
+from mfp.train.switch import Switch
 
 NOTE_SECONDS = 0.5  # how often the loss is fetched from the device, shown, and checked to be a number
 
@@ -85,14 +86,18 @@ class Trainer:
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.world.device)  # loss, correct, images of rank 0
         self.history: list[dict[str, Any]] = []
         self.board = make_board(directory, self.epoch) if config.tensorboard and self.world.first else None
-        self.small_from: int | None = None  # the epoch from which the network was small
-        self._stays_masked = False
+        self.switch = Switch(config, data.image_shape, self.world, self.reporter, self._autocast)
         self._signal = 0
 
     @property
     def step(self) -> int:
         """Optimiser steps done since the start of the run."""
         return self.epoch * self.steps_per_epoch + self.batch
+
+    @property
+    def small_from(self) -> int | None:
+        """The epoch from which the network was small."""
+        return self.switch.small_from
 
     @property
     def final_model(self) -> nn.Module:
@@ -150,7 +155,7 @@ class Trainer:
         return steps * self.config.batch
 
     def _forward_backward(self, images: Tensor, targets: Tensor) -> None:
-        count, last = self.config.accumulate, self.config.accumulate - 1
+        count, last = self.switch.accumulate, self.switch.accumulate - 1
         self.optimizer.zero_grad(set_to_none=True)
         parts = zip(images.chunk(count), targets.chunk(count), strict=True)
         for number, (part, wanted) in enumerate(parts):
@@ -208,7 +213,7 @@ class Trainer:
         self.world.broadcast_(self.model.buffers())  # the ranks' batch statistics differ; rank 0's are the truth
         with clock("pruning"):
             record |= self._prune()
-            self._shrink()
+            self._shrink(self.epoch + 1)
         record["parameters"] = sum(parameter.numel() for parameter in self.model.parameters())
         with clock("evaluation"):
             metrics = evaluate(self.final_model, self.data.watched, 128, self.config.workers, self.world)
@@ -250,8 +255,8 @@ class Trainer:
         )
         self.world.broadcast_(self.model.buffers())  # re-estimated by each rank on its share
         self._hold_mask(self.epoch + 1)
-        if self.averaged:
-            self._mask_average()
+        if self.averaged and self.small_from is None:
+            zero_(self.averaged.module, held_entries(self.pruner.mask, self.config.mask_bn))
         return decision_record(decision)
 
     def _accuracy(self, model: nn.Module) -> float:
@@ -260,31 +265,18 @@ class Trainer:
         return evaluate(model, few, 128, self.config.workers, self.world)["top1"]
 
     def _hold_mask(self, epoch: int) -> None:
-        """In `hard` mode and in the last epochs, which `settle` counts, the mask holds from this epoch on."""
+        """In the last epochs, which `settle` counts, the mask holds from this epoch on."""
         if self.pruner and self.pruner.mask and epoch >= self.config.choosing_epochs and self.config.settle:
             self.pruner.hold_()
-        if self.pruner and self.pruner.mode == "hard" and self.small_from is None:
+        if self.pruner and self.pruner.holds and self.pruner.smaller is None:
             self.optimizer.mask = self.pruner.mask
 
-    def _shrink(self, small_from: int | None = None) -> None:
-        """Goes on with the smaller network where the mask holds; where it cannot be had, says why and goes on."""
-        holds = self.pruner and self.pruner.mode == "hard" and self.pruner.mask
-        if not (holds and self.config.shrink) or self.small_from is not None or self._stays_masked:
-            return
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            model = self.pruner.shrink_(self.optimizer, averaged=self.averaged)
-        for warning in caught:
-            self.reporter.say(f"warning: {warning.message}")
-        self._stays_masked = model is self.model
-        if self._stays_masked:
-            return
-        self.model, self.small_from = model, self.epoch + 1 if small_from is None else small_from
-        left = sum(parameter.numel() for parameter in model.parameters())
-        self.reporter.say(f"from epoch {self.small_from + 1} on with the network that is left: {left:,} parameters")
-        if self.config.compile:
-            model.compile()
-        self.parallel = self.world.wrap(model)
+    def _shrink(self, epoch: int) -> None:
+        """Goes on with the smaller network from this epoch on, where the mask holds."""
+        if self.pruner:
+            model = self.switch.shrink_(self.pruner, self.optimizer, self.averaged, epoch)
+            if model is not self.model:
+                self.model, self.parallel = model, self.world.wrap(model)
 
     def _require_equal_weights(self) -> None:
         if self.world.size > 1:
@@ -295,11 +287,6 @@ class Trainer:
         scores = self.pruner.score()
         if self.world.first:
             self._write("scores.safetensors", scores_file(scores))
-
-    def _mask_average(self) -> None:
-        own = self.pruner.plan
-        plan = mfp.FilterPlan(self.averaged.module, own.layers, own.channel_multiple)
-        mfp.FilterMask(plan, self.pruner.mask.keep).apply_(mask_bn=self.config.mask_bn)
 
     def _write(self, name: str, data: bytes) -> None:
         try:
@@ -327,6 +314,7 @@ class Trainer:
             "pruner": self.pruner.state_dict() if self.pruner else None,
             "keep": self.pruner.mask.keep if self.pruner and self.pruner.mask else None,
             "small_from": self.small_from,
+            "accumulate": self.switch.accumulate,
             "history": self.history,
         }
 
@@ -342,7 +330,7 @@ class Trainer:
         if state["small_from"] is not None:
             self.pruner.load_state_dict(state["pruner"])
             self._shrink(state["small_from"])
-            if self._stays_masked:
+            if self.small_from is None:
                 raise MfpError(
                     f"{source} is of the smaller network, which cannot be made here: use the mfp that wrote it"
                 )
@@ -354,6 +342,7 @@ class Trainer:
         if self.pruner:
             self.pruner.load_state_dict(state["pruner"])
             self._hold_mask(self.epoch)
+        self.switch.accumulate = state["accumulate"]
 
     def resume(self) -> bool:
         """Goes back to the newest usable checkpoint of the directory; False where there is none.

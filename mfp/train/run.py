@@ -167,10 +167,10 @@ def make_pruner(config: RunConfig, model: nn.Module, data: ImageData, world: Wor
     """The pruner that a configuration describes; refuses settings that would prune nothing."""
     pruner = mfp.FilterPruner(
         model, config.rate, criteria=config.criteria, attribute=config.attribute,
-        calibration=calibration_batches(config, data, world), mode=config.mode, interval=config.interval,
-        epochs=config.choosing_epochs, mask_bn=config.mask_bn, channel_multiple=config.channel_multiple,
-        skip=config.skip, layer_rates=config.layer_rates or None, per_layer=config.per_layer,
-        residual=config.residual, recalibrate=config.recalibrate,
+        calibration=calibration_batches(config, data, world), mode=config.mode, one_way=config.one_way,
+        interval=config.interval, epochs=config.choosing_epochs, mask_bn=config.mask_bn,
+        channel_multiple=config.channel_multiple, skip=config.skip, layer_rates=config.layer_rates or None,
+        per_layer=config.per_layer, residual=config.residual, recalibrate=config.recalibrate,
         allocate=config.allocates, example_input=data.example().to(world.device),
     )  # fmt: skip
     if not any(layer.num_pruned for layer in pruner.plan.layers):
