@@ -172,6 +172,21 @@ def plain_rows(rows: list[dict]) -> str:
 
 
 #: Name of a table → the result files that it shows, one after the other, and how.
+def serving(rows: list[dict]) -> str:
+    """The fastest call of each engine, dense and compact."""
+    engines = ("mfp, as before", "mfp, replayed", "OpenVINO")
+    times = {(row["network"], row["batch"], row["form"], row["engine"]): row["fastest_ms"] for row in rows}
+    lines = [
+        [
+            f"{name(network)}, batch {batch}",
+            *(number(times[network, batch, f, e]) for f in ("dense", "index") for e in engines),
+        ]
+        for network, batch in dict.fromkeys((row["network"], row["batch"]) for row in rows)
+    ]
+    shown = ("layer by layer", "replayed", "OpenVINO")
+    return table(["ms", *(f"{form}: {who}" for form in ("dense", "compact") for who in shown)], lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "scoring": ("scoring*.json", scoring),
     "overhead": ("overhead*.json", overhead),
@@ -180,6 +195,7 @@ TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "training": ("training*.json", training),
     "torch_pruning": ("torch_pruning*.json", torch_pruning),
     "demo": ("demo.json", demo),
+    "serving": ("serving.json", serving),
     "networks": ("zoo.json", networks),
 }
 

@@ -41,7 +41,7 @@ class AffineBackup:
     @torch.no_grad()
     def restore_(self) -> None:
         """Give the pruned filters their biases and BatchNorm entries back."""
-        if not self.values:
+        if self._mask is None or not self.values:
             return
         for name, (parameter, layer) in self._entries().items():
             pruned = ~self._mask.keep[layer.slice].to(parameter.device)

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from mfp.attributes import Batches, mean_over_processes
 from mfp.errors import MfpError
+from mfp.mask import FilterMask
 from mfp.neighbours import Comparison
 from mfp.plan import FilterPlan, unwrap
 from mfp.scores import FilterScores, score_filters
@@ -188,7 +189,8 @@ def _sensitivities(
 ) -> Sensitivities:  # fmt: skip
     plan = scores.plan
     whole = plan.with_rates(dict.fromkeys((layer.name for layer in plan.layers), 0.0))
-    masks, of_mask = [None], {}  # equal ones (few filters, or rounded to the same number) are tried once
+    masks: list[FilterMask | None] = [None]
+    of_mask = {}  # equal ones (few filters, or rounded to the same number) are tried once
     seen: dict[str, int] = {}
     for names in units:
         for rate in rates:
@@ -292,7 +294,7 @@ def _check_reached(costs: Costs, reached: float, rate: float) -> None:
         )
 
 
-def _checked(calibration: Batches) -> list[tuple[Tensor, Tensor]]:
+def _checked(calibration: Batches | None) -> list[tuple[Tensor, Tensor]]:
     batches = list(calibration or ())
     if not batches:
         raise MfpError("sensitivities are measured on data: give calibration=[(inputs, targets), ...]")

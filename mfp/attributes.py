@@ -77,7 +77,8 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-WITHOUT_DATA: dict[str, Callable[[Mapping[str, Tensor], Tensor], float]] = {
+WithoutData = Callable[[Mapping[str, Tensor], Tensor], float]
+WITHOUT_DATA: dict[str, WithoutData] = {
     "weight_energy": weight_energy,
     "sparsity": sparsity,
 }

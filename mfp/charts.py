@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -27,6 +28,7 @@ SETTINGS = {
 ROW = 0.22  # inches for a layer, where each has a row
 
 Points = Sequence[tuple[float, float]]
+Layout = Literal["constrained"] | None
 
 
 def colour_of(name: str, names: Iterable[str]) -> str:
@@ -87,7 +89,7 @@ def histogram(values: Sequence[float], cut: float | None, colour: str) -> str:
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.axvline(cut, color=INK, linestyle="--", linewidth=1) if cut is not None else None
 
-    return _svg(draw, 2.5, 1.5, f"histogram of {len(values)} scores", layout="none")
+    return _svg(draw, 2.5, 1.5, f"histogram of {len(values)} scores", layout=None)
 
 
 def sensitivities(added: Mapping[str, Mapping[float, float]], chosen: Mapping[str, float]) -> str:
@@ -117,7 +119,7 @@ def _base(name: str) -> str:
     return name.partition(" by ")[0]
 
 
-def _svg(draw: Callable[[Axes], None], width: float, height: float, label: str, layout: str = "constrained") -> str:
+def _svg(draw: Callable[[Axes], None], width: float, height: float, label: str, layout: Layout = "constrained") -> str:
     """The drawing without what only a file of its own needs: the page gives fonts, and colour to ink and text."""
     with matplotlib.rc_context(SETTINGS):
         figure = Figure((width, height), layout=layout)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 
 from mfp import attributes
+from mfp.attributes import WithoutData
 from mfp.mask import FilterMask
 from mfp.plan import FilterPlan
 from mfp.scores import FilterScores
@@ -45,14 +46,16 @@ def choose(pruner: FilterPruner, plan: FilterPlan, hindsight: Callable[[nn.Modul
     needed = [c for c in attributes.NEEDED_SCORES.values() if c not in pruner.criteria]
     scores = pruner.score(plan, needed)
     masks = {criterion: select_filters(scores, criterion) for criterion in pruner.criteria}
-    if pruner.per_layer:
-        return _choose_per_layer(pruner, scores, masks)
+    measure = attributes.WITHOUT_DATA.get(pruner.attribute) if isinstance(pruner.attribute, str) else None
+    if measure and pruner.per_layer:
+        return _choose_per_layer(measure, scores, masks)
     if pruner.allocator:
         last = pruner.decisions[-1].criterion if pruner.decisions else pruner.criteria[0]
-        suited = replace(scores, plan=pruner.allocator.suited(scores, last, pruner.comparison))
+        # one criterion for all layers: an allocator is refused together with per_layer
+        suiting = pruner.allocator.suited(scores, last, pruner.comparison)  # type: ignore[arg-type]
+        suited = replace(scores, plan=suiting)
         masks |= {c + BY_SENSITIVITY: select_filters(suited, c) for c in pruner.criteria}
-    if pruner.attribute in attributes.WITHOUT_DATA:
-        measure = attributes.WITHOUT_DATA[pruner.attribute]
+    if measure:
         before, values = 1.0, {c: measure(scores, mask.keep) for c, mask in masks.items()}
         statistics: dict[str, Statistics] = {}
     else:
@@ -64,8 +67,7 @@ def choose(pruner: FilterPruner, plan: FilterPlan, hindsight: Callable[[nn.Modul
     return Choice(criterion, mask, before, values[chosen], values, statistics.get(mask.digest), rates, found)
 
 
-def _choose_per_layer(pruner: FilterPruner, scores: FilterScores, masks: dict[str, FilterMask]) -> Choice:
-    measure = attributes.WITHOUT_DATA[pruner.attribute]
+def _choose_per_layer(measure: WithoutData, scores: FilterScores, masks: dict[str, FilterMask]) -> Choice:
     chosen = {}
     for layer in scores.plan.layers:
         own = {name: row[layer.slice] for name, row in scores.items()}

@@ -110,7 +110,8 @@ def prune(
 
 
 def _was_given(ctx: typer.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name).name == "COMMANDLINE"
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _make_config(given: dict[str, Any], recipe_name: str | None, resumed: Path | None) -> RunConfig:

@@ -85,7 +85,7 @@ def export(
     from mfp.export import engines, export_and_arguments
     from mfp.train.load import load_masked
 
-    engine = engine or engines.SERVES.get(output.suffix)
+    engine = engine or engines.SERVES.get(output.suffix, "")
     if (verify or measure) and engine:
         engines.check_engine(engine)
     batches = _whole_numbers("--batch", batch)

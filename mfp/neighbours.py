@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,15 +79,19 @@ class Comparison:
         recalibrate: bool,
         mask_bn: bool,
     ) -> None:
-        self.model, self.attribute, self.calibration = model, attribute, calibration
+        self.model, self.attribute, self.calibration = model, attribute, calibration or ()
         self.recalibrate, self.mask_bn = recalibrate, mask_bn
-        self._variants: Variants | bool | None = None  # False: cannot be captured
+        self._variants: Variants | Literal[False] | None = None  # False: cannot be captured
 
     def check(self) -> None:
         """Raise MfpError where the calibration images are too few for statistics."""
         if self.recalibrate and any(isinstance(x, Tensor) and len(x) == 1 for x, _ in self.calibration):
             with trying(self.model, [], self.mask_bn) as trial:
-                trial.measure(None, lambda model: self.settle_() or 0.0)
+                trial.measure(None, self._settled)
+
+    def _settled(self, model: nn.Module) -> float:
+        self.settle_()
+        return 0.0
 
     def measure(self, masks: Mapping[str, FilterMask]) -> tuple[float, dict[str, float], dict[str, Statistics]]:
         """The attribute of the network as it is and of each neighbour, and the statistics of the neighbours, by digest

@@ -1,12 +1,13 @@
-"""The ops: schemas, fake kernels, argument checks, and the step from a call to a backend.
+"""The ops: argument checks, and the step from a call to a backend.
 
-The only file that names ``torch.ops.mfp``. The compiled part implements these schemas for the CPU and, except for the
+The only file that names ``torch.ops.mfp``. The compiled part implements the schemas for the CPU and, except for the
 convs, for CUDA; the plain-torch reference stands in on any other device, and Triton is called directly when it is the
 chosen backend.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -15,77 +16,8 @@ import torch
 from torch import Tensor
 
 from mfp import backend as backends
-from mfp import reference
-from mfp.conv_weights import WINOGRAD_OUT, conv2d_sizes
+from mfp import reference, schemas  # noqa: F401 (schemas: defines what torch.ops.mfp has)
 from mfp.errors import MfpError
-
-_SCHEMAS = """
-score_filters(Tensor[] weights, int[] kinds, float[] exponents, Tensor[] gradients) -> Tensor
-mask_filters_(Tensor(a!)[] tensors, Tensor keep, int[] offsets, int[] rows) -> ()
-prune_filters_(Tensor(a!)[] weights, Tensor(b!)[] followers, int[] follower_layers, int[] num_pruned, int[] kinds, \
-float[] exponents, int chosen, Tensor[] gradients) -> (Tensor, Tensor)
-masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor? keep, int[] offsets, \
-int[] rows, float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, \
-bool first_step) -> ()
-masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor? keep, \
-int[] offsets, int[] rows, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, \
-int step) -> ()
-scatter_add_(Tensor(a!) residual, Tensor branch, Tensor index, bool relu) -> ()
-conv2d(Tensor input, Tensor weights, Tensor bias, int filters, int[] stride, int[] padding, int[] dilation, \
-float low, float high, bool winograd=False) -> Tensor
-depthwise_conv2d(Tensor input, Tensor weights, Tensor bias, int[] stride, int[] padding, int[] dilation, \
-float low, float high) -> Tensor
-conv2d_join_(Tensor(a!) residual, Tensor input, Tensor weights, Tensor bias, Tensor index, int[] stride, \
-int[] padding, int[] dilation, bool relu, bool winograd=False) -> ()
-"""
-
-_library = torch.library.Library("mfp", "DEF")
-for _schema in _SCHEMAS.strip().splitlines():
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _name = _schema.split("(")[0]
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("mfp::score_filters", lib=_library)
-def _(weights, kinds, exponents, gradients):
-    return weights[0].new_empty((len(kinds), sum(len(weight) for weight in weights)), dtype=torch.float32)
-
-
-@torch.library.register_fake("mfp::mask_filters_", lib=_library)
-def _(tensors, keep, offsets, rows):
-    return None
-
-
-@torch.library.register_fake("mfp::prune_filters_", lib=_library)
-def _(weights, followers, follower_layers, num_pruned, kinds, exponents, chosen, gradients):
-    filters = sum(len(weight) for weight in weights)
-    scores = weights[0].new_empty((len(kinds), filters), dtype=torch.float32)
-    return scores, weights[0].new_empty((filters,), dtype=torch.bool)
-
-
-@torch.library.register_fake("mfp::conv2d", lib=_library)
-def _(input, weights, bias, filters, stride, padding, dilation, low, high, winograd=False):
-    kernel = [size - WINOGRAD_OUT + 1 if winograd else size for size in weights.shape[1:3]]
-    return _channels_last(input, filters, conv2d_sizes(input.shape[2:], kernel, stride, padding, dilation))
-
-
-@torch.library.register_fake("mfp::depthwise_conv2d", lib=_library)
-def _(input, weights, bias, stride, padding, dilation, low, high):
-    sizes = conv2d_sizes(input.shape[2:], weights.shape[:2], stride, padding, dilation)
-    return _channels_last(input, input.shape[1], sizes)
-
-
-def _channels_last(input: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:
-    return input.new_empty((input.shape[0], channels, *sizes)).to(memory_format=torch.channels_last)
-
-
-@torch.library.register_fake("mfp::conv2d_join_", lib=_library)
-@torch.library.register_fake("mfp::scatter_add_", lib=_library)
-@torch.library.register_fake("mfp::masked_sgd_", lib=_library)
-@torch.library.register_fake("mfp::masked_adamw_", lib=_library)
-def _(*arguments):
-    return None
-
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TAYLOR = 4  # the kind of criterion that is computed from gradients, too
@@ -155,9 +87,7 @@ def _module(device: torch.device, backend: str | None) -> ModuleType:
     if chosen.name == "reference":
         return reference
     if chosen.name == "triton":
-        from mfp import kernels
-
-        return kernels
+        return importlib.import_module("mfp.kernels")  # imports triton
     return torch.ops.mfp
 
 

@@ -19,7 +19,7 @@ from mfp.errors import MfpError
 from mfp.mask import FilterMask
 
 
-class _MaskedStep:
+class _MaskedStep(torch.optim.Optimizer):
     """What both optimisers share: the mask, and which rows of which parameters it means."""
 
     _STATE: tuple[str, ...]  # per-weight state by its name in torch's optimiser
@@ -67,26 +67,27 @@ class _MaskedStep:
 
     def _apply_mask_(self) -> None:
         """Zero pruned rows if the mask, a masked weight, or the state was changed by anyone but this optimiser."""
-        if self._mask is None or self._applied == self._versions():
+        if self._mask is None or self._applied == self._versions(self._mask):
             return
-        tensors, offsets, rows = [], [], []
+        by_device: dict[torch.device, list[tuple[Tensor, int, int]]] = {}
         for parameter in self._masked:
             states = (self.state[parameter].get(name) for name in self._STATE if parameter in self.state)
             for tensor in (parameter, *states):
                 if tensor is not None:
-                    tensors.append(tensor.detach())
-                    offsets.append(self._spans[id(parameter)][0])
-                    rows.append(self._spans[id(parameter)][1])
-        for device in {tensor.device for tensor in tensors}:
-            here = [i for i, tensor in enumerate(tensors) if tensor.device == device]
-            columns = ([column[i] for i in here] for column in (tensors, offsets, rows))
-            tensors_here, *numbers = columns
-            ops.mask_filters_(tensors_here, self._mask.keep.to(device), *numbers)
+                    entry = (tensor.detach(), *self._spans[id(parameter)])
+                    by_device.setdefault(tensor.device, []).append(entry)
+        for device, entries in by_device.items():
+            tensors, offsets, rows = zip(*entries, strict=True)
+            ops.mask_filters_(tensors, self._mask.keep.to(device), offsets, rows)
         self._keep = None
 
-    def _versions(self) -> tuple:
+    def _versions(self, mask: FilterMask) -> tuple:
         """Changes when the mask or a masked weight is changed in place."""
-        return self._mask.keep._version, [parameter._version for parameter in self._masked]
+        return mask.keep._version, [parameter._version for parameter in self._masked]
+
+    def _update(self, key: Any, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """One step of these parameters, which are on one device."""
+        raise NotImplementedError
 
     def _part(self, key: Any, params: list[Tensor]) -> tuple[Tensor | None, list[int], list[int]]:
         """keep, offsets and rows for a step of these parameters."""
@@ -136,7 +137,7 @@ class _MaskedStep:
             for device, (params, grads) in self._with_gradients(group).items():
                 self._update((index, device), group, params, grads)
         if self._mask is not None:
-            self._applied = self._versions()
+            self._applied = self._versions(self._mask)
         return loss
 
 
@@ -179,21 +180,21 @@ class MaskedSGD(_MaskedStep, torch.optim.SGD):
 
     def _update(self, key: Any, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         if group["momentum"] == 0:
-            return self._call(key, group, params, grads, [], True)
+            return self._call(key, group, True, params, grads, [])
         states = [self.state[parameter] for parameter in params]
         buffers = [state.get("momentum_buffer") for state in states]
         new = [i for i, buffer in enumerate(buffers) if buffer is None]
         for i in new:
             buffers[i] = states[i]["momentum_buffer"] = torch.zeros_like(params[i])
         if not new or len(new) == len(params):
-            return self._call(key, group, params, grads, buffers, bool(new))
+            return self._call(key, group, bool(new), params, grads, buffers)
         old = sorted(set(range(len(params))) - set(new))
         for first_step, indices in ((True, new), (False, old)):
             parts = ([column[i] for i in indices] for column in (params, grads, buffers))
-            self._call((*key, first_step), group, *parts, first_step)
+            self._call((*key, first_step), group, first_step, *parts)
         return None
 
-    def _call(self, key, group, params, grads, buffers, first_step: bool) -> None:
+    def _call(self, key, group, first_step: bool, params, grads, buffers) -> None:
         ops.masked_sgd_(
             params, grads, buffers, *self._part(key, params), float(group["lr"]), group["momentum"],
             group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"], first_step,
@@ -248,7 +249,8 @@ class MaskedAdamW(_MaskedStep, torch.optim.AdamW):
             params, grads, states = ([column[i] for i in indices] for column in (params, grads, states))
         averages = [state["exp_avg"] for state in states]
         squares = [state["exp_avg_sq"] for state in states]
+        beta1, beta2 = group["betas"]
         ops.masked_adamw_(
-            params, grads, averages, squares, *self._part(key, params), float(group["lr"]), *group["betas"],
+            params, grads, averages, squares, *self._part(key, params), float(group["lr"]), beta1, beta2,
             group["eps"], group["weight_decay"], group["maximize"], step,
         )  # fmt: skip

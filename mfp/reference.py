@@ -35,7 +35,7 @@ def score_layer(
     filters = weight.detach().to(dtype).flatten(1)  # [N, K]
     if kind == _NORM:
         return torch.linalg.vector_norm(filters, exponent, dim=1)
-    if kind == _TAYLOR:
+    if kind == _TAYLOR and gradient is not None:
         return (filters * gradient.detach().to(dtype).flatten(1)).sum(1).square()
     # One filter against all at a time: [N, K] of memory, never [N, N, K], and differences that do not cancel.
     return torch.stack([relation_score(filters, j, kind, exponent) for j in range(len(filters))])
@@ -46,11 +46,11 @@ def relation_score(filters: Tensor, j: int, kind: int, exponent: float) -> Tenso
     if kind == _DISTANCE:
         return torch.linalg.vector_norm(filters - filters[j], exponent, dim=1).sum()
     norms = torch.linalg.vector_norm(filters, 2, dim=1)
-    directions = filters / norms.where(norms > 0, 1.0)[:, None]  # an all-zero filter has no direction: cosine 0
+    directions = filters / norms.where(norms != 0, 1.0)[:, None]  # an all-zero filter has no direction: cosine 0
     # 1 - cos = |u - v|^2 / 2 and 1 + cos = |u + v|^2 / 2 for unit vectors: no cancellation near +-1
     less = (directions - directions[j]).square().sum(1) / 2
     more = (directions + directions[j]).square().sum(1) / 2
-    defined = (norms > 0) & (norms[j] > 0)
+    defined = (norms != 0) & (norms[j] != 0)  # NaN is not 0, and stays NaN
     if kind == _COSINE_DISTANCE:
         both_zero = (norms == 0) & (norms[j] == 0)  # duplicates of each other: distance 0
         return torch.where(defined, less, (~both_zero).to(filters.dtype)).sum()

@@ -120,7 +120,7 @@ def gradients_for(
 ) -> list[Tensor]:
     """What the op needs beside the weights: their gradients, measured now; none where no criterion asks for them."""
     check_calibration(criteria, calibration)
-    return weight_gradients(plan, calibration, loss) if any(c.source == "gradients" for c in criteria) else []
+    return weight_gradients(plan, calibration or (), loss) if any(c.source == "gradients" for c in criteria) else []
 
 
 def check_calibration(criteria: Sequence[Criterion], calibration: Batches | None) -> None:

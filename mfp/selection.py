@@ -42,17 +42,17 @@ def select_filters(scores: FilterScores, criterion: str | Mapping[str, str] | No
     if isinstance(criterion, str):
         criterion = {layer.name: criterion for layer in plan.layers}
     own = [scores[criterion[layer.name]][layer.slice] for layer in plan.layers]
-    gone = torch.zeros_like(torch.cat(own), dtype=torch.bool)
-    if scores.live is not None:
-        gone = ~scores.live.keep.to(gone.device)
+    live, gone = scores.live, torch.zeros_like(torch.cat(own), dtype=torch.bool)
+    if live is not None:
+        gone = ~live.keep.to(gone.device)
     shared: dict[int, Tensor] = {}  # of a coupled plan: the sum of each group's scores
     for layer, score in zip(plan.layers, own, strict=True):
         if layer.group is not None:
             shared[layer.group] = shared.get(layer.group, 0) + score.double()
     keep = []
     for layer, score in zip(plan.layers, own, strict=True):
-        score, lost = shared.get(layer.group, score), gone[layer.slice]
-        count = layer.num_pruned if scores.live is None else max(layer.num_pruned, int(lost.sum()))
+        score, lost = score if layer.group is None else shared[layer.group], gone[layer.slice]
+        count = layer.num_pruned if live is None else max(layer.num_pruned, int(lost.sum()))
         keep.append(lowest_pruned(score.masked_fill(lost, -torch.inf), count))
     return FilterMask(plan, torch.cat(keep))
 

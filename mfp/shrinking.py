@@ -29,14 +29,15 @@ def shrink(pruner: FilterPruner, optimizer: Optimizer | None, averaged: Any, wit
     if mask is None or not pruner.holds:
         state = "there is no mask yet" if mask is None else "pruned filters may still come back"
         raise MfpError(f"shrink_: {state}; call pruner.hold_() when its mask is to hold, or prune with mode='hard'")
-    if pruner.smaller is not None and torch.equal(mask.keep.cpu(), pruner.shrunk_by.keep.cpu()):
-        return pruner.smaller.network
+    small, by = pruner.smaller, pruner.shrunk_by
+    if small is not None and by is not None and torch.equal(mask.keep.cpu(), by.keep.cpu()):
+        return small.network
     path = _path(pruner.model, within) if within is not None else ""
     if optimizer is not None:
         check_optimizer(optimizer, within or pruner.model)
     averages = averaged if isinstance(averaged, list | tuple) else [averaged] if averaged is not None else []
-    if pruner.smaller is not None:
-        _back_to_the_original_shape(pruner, optimizer, averages, within, path)
+    if small is not None:
+        _back_to_the_original_shape(pruner, small, optimizer, averages, within, path)
     model, held = pruner.model, held_entries(mask, pruner.mask_bn)
     zero_(model, held, optimizer)
     for average in averages:
@@ -63,10 +64,11 @@ def shrink(pruner: FilterPruner, optimizer: Optimizer | None, averaged: Any, wit
 
 
 def _back_to_the_original_shape(
-    pruner: FilterPruner, optimizer: Optimizer | None, averages: Sequence[Any], within: nn.Module | None, path: str
-) -> None:
+    pruner: FilterPruner, small: Smaller, optimizer: Optimizer | None, averages: Sequence[Any],
+    within: nn.Module | None, path: str,
+) -> None:  # fmt: skip
     """Undoes :func:`shrink`, to do it by another mask; only what it left has changed since."""
-    small, device = pruner.smaller, next(pruner.smaller.network.parameters()).device
+    device = next(small.network.parameters()).device
     model = pruner.masked().to(device)
     restore_modes(model, modes_of(small.network))
     for average in averages:

@@ -115,11 +115,12 @@ class _Reader:
         for node in self.graph.nodes:
             if packet(node) in CONTRACTIONS:
                 name = self.owner(node.args[1])
-                if isinstance(self.modules.get(name), (*CONVS, nn.Linear)):
+                if name is not None and isinstance(self.modules.get(name), (*CONVS, nn.Linear)):
                     self.layer[node] = name
         self.calls: dict[str, int] = {}
-        for name in [*self.layer.values(), *[self.norm_of(n) for n in self.graph.nodes if self.norm_of(n)]]:
-            self.calls[name] = self.calls.get(name, 0) + 1
+        for name in [*self.layer.values(), *map(self.norm_of, self.graph.nodes)]:
+            if name is not None:
+                self.calls[name] = self.calls.get(name, 0) + 1
 
     def owner(self, node: Any) -> str | None:
         """The module of the one parameter named weight that a tensor is, or is computed from."""
@@ -140,8 +141,9 @@ class _Reader:
     def norm_of(self, node: fx.Node) -> str | None:
         """The module whose weight a BatchNorm operator scales with."""
         weight = node.args[1] if packet(node) is aten.batch_norm else None
-        is_plain = isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target.endswith(".weight")
-        return weight.target.removesuffix(".weight") if is_plain else None
+        if isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target.endswith(".weight"):
+            return weight.target.removesuffix(".weight")
+        return None
 
     def is_depthwise(self, node: fx.Node) -> bool:
         module = self.modules.get(self.layer.get(node, ""))

@@ -1,5 +1,5 @@
 // The CUDA side of scoring and masking: tensors to tables, tables to the device, one launch an op. Arguments were
-// checked in mfp/ops.py; the schemas are declared there.
+// checked in mfp/ops.py; the schemas are in mfp/schemas.py.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 

@@ -1,4 +1,4 @@
-// The optimiser ops and scatter_add_ on CUDA tensors. Schemas are in mfp/ops.py.
+// The optimiser ops and scatter_add_ on CUDA tensors. Schemas are in mfp/schemas.py.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <torch/library.h>

@@ -1,4 +1,4 @@
-// scatter_add_ on CUDA tensors. The schema is in mfp/ops.py.
+// scatter_add_ on CUDA tensors. The schema is in mfp/schemas.py.
 #include <torch/library.h>
 
 #include "cuda/scatter.h"

@@ -194,18 +194,19 @@ def _export(model: nn.Module, arguments: dict[str, Any], free: bool) -> tuple[to
     batch = _batch_size(arguments)
     example = pytree.tree_map_only(Tensor, lambda t: _two_of(t, batch), arguments) if batch else arguments
     attempts = [(example, kind) for kind in ("any", "multiples", "batch")] if batch and free else []
-    error: Exception | None = None
+    failures: list[Exception] = []
     for values, kind in [*attempts, (arguments, "none")]:
         try:
             program = _try_export(model, values, max(batch, 2), kind)
         except Exception as failure:  # whatever user code raises when it meets a symbolic size
-            error = failure if error is None or isinstance(error, TooInvolved) else error
+            failures.append(failure)
             continue
         inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
         rules = [rule for node in inputs for rule in size_rules(node.meta["val"])]
         if kind == "none" or not any(dim == 0 and number != 1 for dim, _, number in rules):
             fixed = [] if not free else [line for node in inputs for line in in_words(node.meta["val"])]
             return program, list(dict.fromkeys(fixed))
+    error = next((failure for failure in failures if not isinstance(failure, TooInvolved)), failures[-1])
     raise CaptureError(_refusal(model, arguments, error)) from error
 
 
@@ -260,7 +261,7 @@ def _call_form(model: nn.Module, values: dict[str, Any]) -> tuple[tuple, dict[st
     return tuple(positional), dict(list(values.items())[len(positional) :])
 
 
-def _refusal(model: nn.Module, arguments: dict[str, Any], error: Exception | None) -> str:
+def _refusal(model: nn.Module, arguments: dict[str, Any], error: Exception) -> str:
     """Says which line of the user's code torch.export could not follow, or that the model does not run."""
     name = type(model).__name__
     try:

@@ -116,7 +116,7 @@ def decompose(program: Any) -> Any:
     for node in list(graph.nodes):
         packet = getattr(node.target, "overloadpacket", None)
         pure = getattr(aten, packet.__name__.removesuffix("_"), packet) if packet is not None else None
-        if pure in DROPOUTS:
+        if pure is not None and pure in DROPOUTS:
             with graph.inserting_before(node):
                 both = graph.call_function(aten.native_dropout.default, (node.args[0], node.args[1], False))
                 result = graph.call_function(operator.getitem, (both, 0))

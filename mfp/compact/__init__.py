@@ -86,8 +86,9 @@ def _compact(
     captured = captured or capture(model, arguments)
     net, out, plain = _written(model, arguments, multiple, captured)
     difference = check(
-        plain, model, arguments, lambda: locate(net, out, plain, arguments), lambda *like: _written(*like, multiple)[-1]
-    )
+        plain, model, arguments, lambda: locate(net, out, plain, arguments),
+        lambda like, arguments: _written(like, arguments, multiple)[-1],
+    )  # fmt: skip
     small = plain
     if fold_bn:
         small = prepare_for_serving(plain, arguments)
@@ -122,4 +123,4 @@ def serving_multiple(model: nn.Module) -> int:
 
 
 def locate(net: Network, out: Writer, small: fx.GraphModule, arguments: dict[str, Any]) -> str:
-    return first_difference(net.graph, net.tensors, out.pieces, lambda node: net.known(node).dim, small, arguments)
+    return first_difference(net.graph, net.tensors, out.pieces, lambda node: net.channels[node].dim, small, arguments)

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mfp.capture import eval_mode
+from mfp.compact.writer import Piece
 from mfp.errors import MfpError
 
 CLOSE = {torch.float16: 1e-2, torch.bfloat16: 1e-1}  # of the largest output, in the network's own precision
@@ -127,8 +128,9 @@ def first_difference(
         after.run(*pytree.tree_map_only(Tensor, Tensor.clone, inputs))
     for node in captured.nodes:
         piece = pieces.get(node)
-        ours = after.values.get(getattr(getattr(piece, "node", None), "name", ""))
-        theirs = before.values.get(node.name)
+        if not isinstance(piece, Piece):  # not written, or several results
+            continue
+        ours, theirs = after.values.get(piece.node.name), before.values.get(node.name)
         if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor) or not theirs.is_floating_point():
             continue
         if piece.ids is not None:

@@ -61,8 +61,11 @@ class Layer:
 
 def layer_of(node: fx.Node) -> Layer | None:
     """The node as a layer; None for any other operator."""
-    if not is_contraction(node):
-        return None
+    return as_layer(node) if is_contraction(node) else None
+
+
+def as_layer(node: fx.Node) -> Layer:
+    """A contraction as a layer."""
     found, kind = arguments(node), KINDS[node.target.overloadpacket]
     if kind is nn.Linear:
         return Layer(kind, found["weight"], found["bias"])
@@ -87,7 +90,7 @@ class Contraction(Rule):
     understood = True
 
     def forward(self, net: Network, node: fx.Node) -> Channels | None:
-        layer, source = layer_of(node), data_input(node)
+        layer, source = as_layer(node), data_input(node)
         dim = layer.channel_dim(node)
         known = net.known(source)
         if known is not None and known.dim != dim:
@@ -100,13 +103,13 @@ class Contraction(Rule):
         if const.nan_to_num().any():
             value = (weight_sums(net, layer) * const.nan_to_num()).sum(-1)
         if layer.bias is not None:
-            value = value + net.value(layer.bias).detach().double().cpu().view(layer.groups, -1)
+            value = value + net.tensors[layer.bias.target].detach().double().cpu().view(layer.groups, -1)
         return Channels(dim, torch.where(live, float("nan"), value).flatten())
 
     def backward(self, net: Network, node: fx.Node) -> None:
         if net.known(node) is None:
             return super().backward(net, node)
-        layer = layer_of(node)
+        layer = as_layer(node)
         calls = net.calls[layer.weight.target]
         if len(calls) > 1:  # one set of filters for all calls: whatever one of them needs
             net.demand[node].fill_(True)
@@ -119,7 +122,7 @@ class Contraction(Rule):
         return None
 
     def write(self, out: Writer, node: fx.Node) -> Any:
-        net, layer = out.network, layer_of(node)
+        net, layer = out.network, as_layer(node)
         if net.known(node) is None:
             return super().write(out, node)
         name = layer.weight.target
@@ -162,7 +165,7 @@ def weight_sums(net: Network, layer: Layer) -> Tensor:
 
 def kernels(net: Network, layer: Layer) -> Tensor:
     """[groups, out / groups, in / groups, kernel]"""
-    rows = to_rows(net.value(layer.weight).detach(), layer.groups, layer.transposed)
+    rows = to_rows(net.tensors[layer.weight.target].detach(), layer.groups, layer.transposed)
     return rows.reshape(layer.groups, rows.shape[0] // layer.groups, rows.shape[1], -1)
 
 
@@ -207,7 +210,7 @@ def cut_module(out: Writer, node: fx.Node, layer: Layer, cut: Cut) -> nn.Module:
     const = net.channels_at(data_input(node), layer.channel_dim(node)).const.nan_to_num()
     const[cut.layout[cut.layout >= 0]] = 0  # still there
     new = module_for(out, layer, cut)
-    weight = net.value(layer.weight).detach()
+    weight = net.tensors[layer.weight.target].detach()
     lost = lost_kernels(to_rows(weight, layer.groups, layer.transposed), const, cut.rows, layer.groups)
     if not lost.any():  # [out', kernel...] in float64
         return new
@@ -256,7 +259,7 @@ def goes_into_groups(net: Network, node: fx.Node) -> bool:
         if layer is not None:
             return 1 < layer.groups < layer.inputs
         known, sources = net.known(reader), [s for s in reader.all_input_nodes if s.op != "get_attr"]
-        if known is None or len(sources) > 1 or len(known) != len(net.known(node)):
+        if known is None or len(sources) > 1 or len(known) != len(net.channels[node]):
             return False
         node = reader
     return False

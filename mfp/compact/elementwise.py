@@ -62,11 +62,11 @@ class Elementwise(Rule):
 
     def channel_dim(self, net: Network, node: fx.Node) -> int | None:
         """The result's channel dimension, if all operands with known channels agree on it."""
-        operands = tensors_of(node)
+        known = {operand: net.known(operand) for operand in tensors_of(node)}
         found = {
-            len(shape(node)) - len(shape(operand)) + net.known(operand).dim
-            for operand in operands
-            if net.known(operand) is not None and (len(net.known(operand)) > 1 or len(operands) == 1)
+            len(shape(node)) - len(shape(operand)) + channels.dim
+            for operand, channels in known.items()
+            if channels is not None and (len(channels) > 1 or len(known) == 1)
         }
         return found.pop() if len(found) == 1 else None
 
@@ -200,39 +200,41 @@ class Elementwise(Rule):
 
         ``places``: the result's channel of each channel of the branch.
         """
-        net, known = out.network, out.network.known(node)
+        net, known = out.network, out.network.channels[node]
         wanted = kept.nonzero().flatten()
         own = self.present(out, branch, known.dim)
         present = torch.where(own >= 0, places[own.clamp(min=0)], -1)
-        stream = Piece(out.piece(residual).node, self.present(out, residual, known.dim))
-        if not torch.isin(wanted, stream.ids).all():
+        stream, held = out.piece(residual).node, self.present(out, residual, known.dim)
+        if not torch.isin(wanted, held).all():
             wide = kept.clone()
-            for ids in (stream.ids, present):  # what is there anyway need not be picked out
+            for ids in (held, present):  # what is there anyway need not be picked out
                 wide[ids[ids >= 0]] = True
-            stream = out.align(residual, out.pad(wide, known.live).nonzero().flatten(), known.dim)
-        landing = torch.isin(present, stream.ids[stream.ids >= 0])
+            widened = out.align(residual, out.pad(wide, known.live).nonzero().flatten(), known.dim)
+            stream, held = widened.node, widened.ids
+        landing = torch.isin(present, held[held >= 0])
         const = torch.zeros(len(known), dtype=torch.float64)
         const[places] = net.channels_at(branch, known.dim).const
-        added = torch.isin(stream.ids, present[landing])
-        lost = torch.where(stream.ids >= 0, const[stream.ids.clamp(min=0)], 0.0)
-        ids = torch.where(added | ~lost.isnan(), stream.ids, -1)
+        added = torch.isin(held, present[landing])
+        lost = torch.where(held >= 0, const[held.clamp(min=0)], 0.0)
+        ids = torch.where(added | ~lost.isnan(), held, -1)
         bias = torch.where(added | lost.isnan(), 0.0, lost)
         constants = bias.to(out.dtype_of(node)) if bias.any() else None
         if not landing.any():
-            joined = stream.node
+            joined = stream
             if constants is not None:
                 joined = out.call(f"{node.name}_bias", AddConstants(constants, known.dim), (joined,))
             return Piece(joined, ids)
         source = out.piece(branch).node if landing.all() else out.align(branch, own[landing], known.dim).node
-        return Piece(self.write_join(out, node, source, stream, present[landing], constants), ids)
+        return Piece(self.write_join(out, node, source, stream, held, present[landing], constants), ids)
 
     @staticmethod
     def write_join(
-        out: Writer, node: fx.Node, source: fx.Node, stream: Piece, channels: Tensor, constants: Tensor | None
-    ) -> fx.Node:
-        order = {int(channel): i for i, channel in enumerate(stream.ids.tolist()) if channel >= 0}
+        out: Writer, node: fx.Node, source: fx.Node, stream: fx.Node, held: Tensor, channels: Tensor,
+        constants: Tensor | None,
+    ) -> fx.Node:  # fmt: skip
+        order = {int(channel): i for i, channel in enumerate(held.tolist()) if channel >= 0}
         index = torch.tensor([order[int(channel)] for channel in channels])
-        if torch.equal(index, torch.arange(len(stream.ids))):  # torch's ONNX export loses an index_add of all channels
-            return out.graph.create_node("call_function", aten.add.Tensor, (stream.node, source), {}, node.name)
-        join = ResidualJoin(index, out.network.known(node).dim, constants)
-        return out.call(f"{node.name}_join", join, (stream.node, source))
+        if torch.equal(index, torch.arange(len(held))):  # torch's ONNX export loses an index_add of all channels
+            return out.graph.create_node("call_function", aten.add.Tensor, (stream, source), {}, node.name)
+        join = ResidualJoin(index, out.network.channels[node].dim, constants)
+        return out.call(f"{node.name}_join", join, (stream, source))

@@ -63,11 +63,12 @@ class IndexCopy(Rule):
         return None
 
     def write(self, out: Writer, node: fx.Node) -> Any:
-        if out.network.known(node) is None:
+        index = index_of(out.network, node)
+        if index is None or out.network.known(node) is None:
             return super().write(out, node)
         source = arguments(node)["source"]
         ids = out.ids(source)
-        return Piece(out.piece(source).node, torch.where(ids >= 0, index_of(out.network, node)[ids.clamp(min=0)], -1))
+        return Piece(out.piece(source).node, torch.where(ids >= 0, index[ids.clamp(min=0)], -1))
 
 
 class IndexAdd(Elementwise):

@@ -23,7 +23,7 @@ class Reshape(Rule):
     def forward(self, net: Network, node: fx.Node) -> Channels | None:
         known = net.known(data_input(node))
         plan = None if known is None else self.plan(node, known)
-        if plan is None:
+        if known is None or plan is None:
             return None
         dim, before, after = plan
         return Channels(dim, known.const[:, None].expand(-1, after).reshape(-1).repeat(before))
@@ -47,7 +47,7 @@ class Reshape(Rule):
     def backward(self, net: Network, node: fx.Node) -> None:
         if net.known(node) is None:
             return super().backward(net, node)
-        known = net.known(data_input(node))
+        known = net.channels[data_input(node)]
         _, before, after = self.plan(node, known)
         kept = net.kept(node).view(before, -1, after).any(2).any(0)
         net.need(data_input(node), kept, known.dim)
@@ -57,7 +57,7 @@ class Reshape(Rule):
         net, source = out.network, data_input(node)
         if net.known(node) is None or out.piece(source).ids is None:
             return self.write_whole(out, node)
-        known = net.known(source)
+        known = net.channels[source]
         dim, before, after = self.plan(node, known)
         ids, count = out.piece(source).ids, len(known)
         spread = torch.where(ids >= 0, ids, -count * after * before - 1)
@@ -120,13 +120,13 @@ class Move(Rule):
         if found is None:
             return None
         dim, source, fill = found
-        const = net.known(data_input(node)).const
+        const = net.channels[data_input(node)].const
         return Channels(dim, torch.where(source >= 0, const[source.clamp(min=0)], fill))
 
     def backward(self, net: Network, node: fx.Node) -> None:
         if net.known(node) is None:
             return super().backward(net, node)
-        source, known = self.mapped(net, node)[1], net.known(data_input(node))
+        (_, source, _), known = self.mapped(net, node), net.channels[data_input(node)]
         wanted = torch.zeros(len(known), dtype=torch.bool)
         wanted[source[net.kept(node) & (source >= 0)]] = True
         net.need(data_input(node), wanted, known.dim)
@@ -142,7 +142,7 @@ class Move(Rule):
 
     def pick(self, out: Writer, node: fx.Node, source: Tensor, kept: Tensor) -> tuple[Piece, Tensor]:
         """The input with the channels that the output shows, and the output's ids for them."""
-        piece, present, known = out.piece(node), out.ids(node), out.network.known(node)
+        piece, present, known = out.piece(node), out.ids(node), out.network.channels[node]
         target = torch.full((len(known) + 1,), -1)
         target[source[source >= 0]] = (source >= 0).nonzero().flatten()
         target[-1] = -1
@@ -188,10 +188,11 @@ class Squeeze(Move):
     """squeeze and unsqueeze"""
 
     def map(self, net: Network, node: fx.Node, known: Channels) -> tuple[int, Tensor, float] | None:
-        dims, ndim = arguments(node).get("dim"), len(shape(data_input(node)))
+        found, ndim = arguments(node), len(shape(data_input(node)))
         if node.target.overloadpacket is aten.unsqueeze:
-            dim = dims % (ndim + 1)
+            dim = found["dim"] % (ndim + 1)
             return known.dim + (dim <= known.dim), torch.arange(len(known)), 0.0
+        dims = found.get("dim")
         if dims is None:
             return None
         dims = {d % ndim for d in (dims if isinstance(dims, tuple | list) else [dims])}
@@ -221,7 +222,7 @@ class Slice(Move):
         return arguments(node)["dim"] % len(shape(data_input(node))) == known.dim
 
     def copy(self, out: Writer, node: fx.Node, piece: Piece) -> fx.Node:
-        known = out.network.known(data_input(node))
+        known = out.network.channels[data_input(node)]
         return piece.node if self.cuts_channels(node, known) else super().copy(out, node, piece)
 
 
@@ -269,7 +270,7 @@ class Pad(Move):
         result = super().forward(net, node)
         if result is not None:
             amounts, mode, value = pad_arguments(node)
-            own = self.own(node, net.known(data_input(node)), amounts)
+            own = self.own(node, net.channels[data_input(node)], amounts)
             borders = sum(amount != 0 for amount in amounts) - sum(amount != 0 for amount in own)
             if mode == "constant" and borders:
                 result.const[result.const != value] = float("nan")
@@ -281,12 +282,12 @@ class Pad(Move):
         offset = int((source >= 0).nonzero()[0]) if len(source) else 0
         if torch.isin(source[lost], present).all():  # the input as it is; the new channels are constants
             return out.piece(node), torch.where(present >= 0, present + offset, -1)
-        piece = out.align(node, source[lost], out.network.known(node).dim)
+        piece = out.align(node, source[lost], out.network.channels[node].dim)
         return piece, lost if piece.ids is None else torch.where(piece.ids >= 0, lost, -1)
 
     def copy(self, out: Writer, node: fx.Node, piece: Piece) -> fx.Node:
         amounts, _, _ = pad_arguments(node)
-        known = out.network.known(data_input(node))
+        known = out.network.channels[data_input(node)]
         place = 2 * (len(shape(data_input(node))) - 1 - known.dim)
         if any(self.own(node, known, amounts)):
             amounts = [0 if i in (place, place + 1) else amount for i, amount in enumerate(amounts)]
@@ -299,7 +300,7 @@ def pad_arguments(node: fx.Node) -> tuple[list[Any], str, float]:
     """(amounts from the last dimension backwards, mode, value)"""
     found = arguments(node)
     name = node.target.overloadpacket.__name__
-    amounts = list(found.get("pad", found.get("padding")))
+    amounts = list(found["pad"] if "pad" in found else found["padding"])
     mode = found.get("mode", "constant" if name == "constant_pad_nd" else "edge")
     return amounts, mode, float(found.get("value") or 0.0)
 

@@ -35,7 +35,7 @@ def shifted(net: Network, node: fx.Node, const: Tensor) -> Tensor:
 
 
 def prelu_constant(net: Network, node: fx.Node, const: Tensor) -> Tensor:
-    slope = net.value(node.args[1]).detach().double().cpu()
+    slope = net.tensors[node.args[1].target].detach().double().cpu()
     return torch.where(const >= 0, const, const * slope)
 
 
@@ -54,7 +54,8 @@ class PerChannelNorm(Rule):
         source = data_input(node)
         known = net.channels_at(source, 1)
         found = net.known(source)
-        own = all(net.value(v) is not None and net.value(v).numel() in (1, len(known)) for v in self.vectors(node))
+        values = [net.value(v) for v in self.vectors(node)]
+        own = all(value is not None and value.numel() in (1, len(known)) for value in values)
         if not own or (found is not None and found.dim != 1):
             return None
         return Channels(1, self.constant(net, node, known.const))
@@ -72,7 +73,7 @@ class PerChannelNorm(Rule):
         if net.known(node) is None or out.piece(source).ids is None:
             return super().write(out, node)
         piece = self.input(out, node)
-        rows = {v: piece.ids for v in self.vectors(node) if net.value(v).numel() > 1}
+        rows: dict[fx.Node, Tensor] = {v: piece.ids for v in self.vectors(node) if net.tensors[v.target].numel() > 1}
 
         def convert(other: fx.Node) -> Any:
             if other is source:
@@ -112,7 +113,7 @@ class BatchNorm(PerChannelNorm):
             common = torch.stack([net.kept(call) for call in calls]).any(0).nonzero().flatten()
             piece = out.align(source, common if len(common) else torch.zeros(1, dtype=torch.long), 1)
         if name not in out.cuts:
-            rows = torch.arange(len(net.known(node))) if piece.ids is None else piece.ids
+            rows = torch.arange(len(net.channels[node])) if piece.ids is None else piece.ids
             rows = common if len(calls) > 1 and len(common) else rows
             out.cuts[name] = out.add(name, cut_norm(out, node, name, rows))
         new = out.graph.create_node("call_module", out.cuts[name], (piece.node,), {}, node.name)
@@ -132,11 +133,11 @@ def cut_norm(out: Writer, node: fx.Node, name: str, rows: Tensor) -> nn.Module:
     """The same norm for the channels ``rows`` only; slots of -1 scale by zero."""
     net, found = out.network, arguments(node)
     original = net.modules.get(name)
-    is_own = isinstance(original, nn.modules.batchnorm._BatchNorm)
     kind = nn.SyncBatchNorm if isinstance(original, nn.SyncBatchNorm) else CLASSES[len(shape(node))]
+    momentum = original.momentum if isinstance(original, nn.modules.batchnorm._BatchNorm) else found["momentum"]
     with torch.device("meta"):
         new = kind(
-            len(rows), found["eps"], original.momentum if is_own else found["momentum"],
+            len(rows), found["eps"], momentum,
             affine=found["weight"] is not None, track_running_stats=found["running_mean"] is not None,
         )  # fmt: skip
     for key in VECTORS:

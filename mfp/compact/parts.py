@@ -36,16 +36,16 @@ class Split(Rule):
         found = self.ranges(net, node)
         if found is None:
             return None
-        known = net.known(data_input(node))
+        known = net.channels[data_input(node)]
         lost = node.target.overloadpacket is aten.unbind and found[0] < known.dim
         return [Channels(known.dim - lost, known.const[part].clone()) for part in found[1]]
 
     def backward(self, net: Network, node: fx.Node) -> None:
         if not isinstance(net.channels.get(node), list):
             return super().backward(net, node)
-        known = net.known(data_input(node))
+        known, (_, parts) = net.channels[data_input(node)], self.ranges(net, node)
         wanted = torch.zeros(len(known), dtype=torch.bool)
-        for part, mask in zip(self.ranges(net, node)[1], net.demand[node], strict=True):
+        for part, mask in zip(parts, net.demand[node], strict=True):
             wanted[part] |= mask
         net.need(data_input(node), wanted, known.dim)
         return None
@@ -56,7 +56,7 @@ class Split(Rule):
         if not isinstance(several, list):
             return super().write(out, node)
         dim, parts = self.ranges(net, node)
-        known, piece = net.known(source), out.piece(source)
+        known, piece = net.channels[source], out.piece(source)
         if dim != known.dim:
             new = out.emit(node, out.value(node.args), out.value(node.kwargs))
             return [Piece(out.pick(new, i), piece.ids) for i in range(len(parts))]
@@ -68,11 +68,13 @@ class Split(Rule):
     @staticmethod
     def part(out: Writer, source: fx.Node, channels: Tensor, kept: Tensor) -> Piece:
         """Consecutive channels of the source: a view where they lie side by side, a selection elsewhere."""
-        present, dim = out.ids(source), out.network.known(source).dim
+        present, dim = out.ids(source), out.network.channels[source].dim
         inside = torch.isin(present, channels).nonzero().flatten()
         if not len(inside):
-            piece = out.align(source, channels[kept] if kept.any() else channels[:1], dim)
-            return Piece(piece.node, torch.where(piece.ids >= 0, piece.ids - channels[0], -1))
+            wanted = channels[kept] if kept.any() else channels[:1]
+            piece = out.align(source, wanted, dim)
+            ids = wanted if piece.ids is None else piece.ids
+            return Piece(piece.node, torch.where(ids >= 0, ids - channels[0], -1))
         ids = present[inside] - channels[0]
         if len(inside) == len(present):
             return Piece(out.piece(source).node, ids)

@@ -75,8 +75,7 @@ def make_report(
     left, layers, seen, zero, filled = dict(small.named_modules()), [], set(), 0, []
     for node in net.graph.nodes:
         layer = layer_of(node)
-        weight = None if layer is None else net.value(layer.weight)
-        if weight is None or layer.weight.target in seen:
+        if layer is None or net.value(layer.weight) is None or layer.weight.target in seen:
             continue
         seen.add(layer.weight.target)
         nonzero = nonzero_weights(net, layer)

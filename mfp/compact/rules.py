@@ -80,11 +80,10 @@ class Attribute(Rule):
 
     def write(self, out: Writer, node: fx.Node) -> Any:
         net, known = out.network, out.network.known(node)
-        whole = known is None or not net.kept(node).any() or net.kept(node).all()
-        ids = None if whole else net.kept(node).nonzero().flatten()
-        left = (
-            torch.clone if whole else partial(torch.index_select, dim=known.dim, index=ids.to(net.value(node).device))
-        )
+        if known is None or not net.kept(node).any() or net.kept(node).all():
+            return Piece(out.attribute(node.target, torch.clone))
+        ids = net.kept(node).nonzero().flatten()
+        left = partial(torch.index_select, dim=known.dim, index=ids.to(net.tensors[node.target].device))
         return Piece(out.attribute(node.target, left), ids)
 
 
@@ -167,7 +166,7 @@ class PerChannel(Rule):
         if net.channels.get(node) is None:
             return super().backward(net, node)
         source = data_input(node)
-        net.need(source, self.needed(net, node), net.known(source).dim)
+        net.need(source, self.needed(net, node), net.channels[source].dim)
         for other in node.all_input_nodes:
             if other is not source:
                 net.need_all(other)
@@ -179,7 +178,7 @@ class PerChannel(Rule):
             return super().write(out, node)
         kept, piece = self.needed(net, node).nonzero().flatten(), out.piece(source)
         if not torch.isin(kept, out.ids(source)).all():  # a constant that is none afterwards
-            piece = out.align(source, kept, net.known(source).dim)
+            piece = out.align(source, kept, net.channels[source].dim)
 
         def convert(other: fx.Node) -> Any:
             return piece.node if other is source else out.full(other, node)
@@ -197,7 +196,7 @@ class Expand(PerChannel):
     """expand: the size along the channels is the number of them that are left."""
 
     def smaller(self, out: Writer, node: fx.Node, piece: Piece, args: tuple) -> tuple[tuple, dict]:
-        known = out.network.known(node)
+        known = out.network.channels[node]
         sizes = list(args[1])
         sizes[known.dim] = -1
         return (args[0], sizes), {}

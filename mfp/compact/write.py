@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -35,7 +36,7 @@ def write(net: Network, multiple: int) -> Writer:
     return out
 
 
-def tidy(piece: object, known: object) -> object:
+def tidy(piece: Any, known: Any) -> Any:
     """A piece that still has all channels in order says so with ids=None."""
     if isinstance(piece, list):
         return [tidy(part, channels) for part, channels in zip(piece, known, strict=True)]

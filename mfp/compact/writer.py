@@ -52,7 +52,7 @@ class Writer:
     def ids(self, node: fx.Node) -> Tensor:
         """The channels of a node's piece, written out; only for nodes with known channels."""
         found = self.piece(node).ids
-        return torch.arange(len(self.network.known(node))) if found is None else found
+        return torch.arange(len(self.network.channels[node])) if found is None else found
 
     def full(self, node: fx.Node, reader: fx.Node) -> Any:
         """The value at its original width, for readers that are not understood (and for the network's outputs)."""
@@ -77,7 +77,7 @@ class Writer:
         """
         piece = self.piece(node)
         known = self.network.channels_at(node, dim)
-        if piece.ids is not None and self.network.known(node).dim != known.dim:
+        if piece.ids is not None and self.network.channels[node].dim != known.dim:
             raise AssertionError(f"{node.name}: channels along {known.dim} asked, shrunk along another dimension")
         return self._align(piece, known, wanted, node)
 

@@ -120,7 +120,11 @@ class Grower:
 
     def together(self, node: fx.Node, wanted: Wanted, parts: list[Steps | None]) -> Steps | None:
         steps: Steps = [lambda: self.widths.__setitem__(node, wanted.width)]
-        return None if any(part is None for part in parts) else sum(parts, steps)
+        for part in parts:
+            if part is None:
+                return None
+            steps += part
+        return steps
 
     def call(self, node: fx.Node, wanted: Wanted) -> Steps | None:
         module, layer = self.modules[node.target], self.layer(node)
@@ -173,7 +177,7 @@ class Grower:
         """The step for a parameter of one entry a channel: what is new gets what changes nothing."""
         node = parameter_of(source)
         written = source.args[1] if source.op != "get_attr" and isinstance(source.args[1], list) else []
-        if len(source.users) != 1 or len(wanted.place) in written:  # its width is a number in the graph
+        if node is None or len(source.users) != 1 or len(wanted.place) in written:  # its width is a number in the graph
             return None
         path, _, name = node.target.rpartition(".")
         owner = self.network.get_submodule(path)

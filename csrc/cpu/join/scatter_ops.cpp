@@ -1,4 +1,4 @@
-// scatter_add_ on CPU tensors. The schema is in mfp/ops.py.
+// scatter_add_ on CPU tensors. The schema is in mfp/schemas.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>

@@ -1,4 +1,4 @@
-// The optimiser ops on CPU tensors. Schemas are in mfp/ops.py.
+// The optimiser ops on CPU tensors. Schemas are in mfp/schemas.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

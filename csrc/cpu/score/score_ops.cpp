@@ -1,4 +1,4 @@
-// The ops of mfp on CPU tensors. Schemas and the checks of arguments are in mfp/ops.py.
+// The ops of mfp on CPU tensors. Schemas are in mfp/schemas.py, the checks of arguments in mfp/ops.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
