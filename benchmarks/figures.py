@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import mean
 
 from mfp.atomic import write_atomically
 from mfp.bench import results
@@ -153,6 +154,29 @@ def networks(rows: list[dict]) -> str:
     return "\n".join(texts)
 
 
+def residual_forms(rows: list[dict]) -> str:
+    lines = []
+    for form in dict.fromkeys(row["residual"] for row in rows):
+        found = [row for row in rows if row["residual"] == form]
+        columns = [[row[key] for row in found] for key in ("dense_top1", "top1")]
+        accuracies = [f"{mean(column):.2f} ({min(column):.2f} to {max(column):.2f})" for column in columns]
+        kept = [f"{mean(row[key] for row in found):.1%}" for key in ("flops_kept", "parameters_kept")]
+        lines.append([form, *accuracies, *kept, str(len(found))])
+    header = ("residual", "dense, %", "pruned, %", "FLOPs kept", "parameters kept", "seeds")
+    return table(header, lines)
+
+
+def eight_bits(rows: list[dict]) -> str:
+    header = ("engine", "network", "accuracy, %", "ms, batch 1", "ms, batch 64")
+    return table(
+        header,
+        (
+            [name(row["engine"]), row["network"], f"{row['top1']:.2f}", f"{row['ms_1']:.3f}", f"{row['ms_64']:.2f}"]
+            for row in rows
+        ),
+    )
+
+
 def _network(row: dict) -> list[str]:
     fixed = "one image size" if row.get("image_size") == "fixed" else None
     note = "; ".join(part for part in (row["failed"], row.get("note"), fixed) if part).replace("|", "\\|")
@@ -171,6 +195,9 @@ def plain_rows(rows: list[dict]) -> str:
     return table(keys, ([cell(row.get(key)) for key in keys] for row in rows))
 
 
+#: Name of a table → the result files that it shows, one after the other, and how.
+#: Name of a table → the result files that it shows, one after the other, and how.
+#: Name of a table → the result files that it shows, one after the other, and how.
 #: Name of a table → the result files that it shows, one after the other, and how.
 def serving(rows: list[dict]) -> str:
     """The fastest call of each engine, dense and compact."""
@@ -195,8 +222,9 @@ TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "training": ("training*.json", training),
     "torch_pruning": ("torch_pruning*.json", torch_pruning),
     "demo": ("demo.json", demo),
-    "serving": ("serving.json", serving),
     "networks": ("zoo.json", networks),
+    "eight_bits": ("eight-bits.json", eight_bits),
+    "residual": ("residual-forms.json", residual_forms),
 }
 
 
@@ -227,10 +255,13 @@ def written(document: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail where something is not up to date")
-    parser.add_argument("--demo", metavar="RUN", help="first make results/demo.json of this run of `mfp prune`")
+    parser.add_argument(
+        "--demo", metavar="RUN", help="first make demo.json and eight-bits.json of this run of `mfp prune`"
+    )
     options = parser.parse_args()
     if options.demo:
         demo_result(Path(options.demo))
+        eight_bits_result(Path(options.demo))
     import charts
 
     changed = [path for path in documents() if written(path.read_text()) != path.read_text()]
@@ -256,6 +287,13 @@ def demo_result(run: Path) -> None:
         for network in ("dense", "masked", "compact")
     ]
     results.write(RESULTS / "demo.json", "mfp prune", rows)
+
+
+def eight_bits_result(run: Path) -> None:
+    sys.path.insert(0, str(ROOT / "examples"))
+    import eight_bits
+
+    results.write(RESULTS / "eight-bits.json", f"python examples/eight_bits.py {run}", eight_bits.main(str(run)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from compact_cases import difference, masked
+from small_networks import NETWORKS
 from torch import nn
 
 import mfp
@@ -309,9 +310,9 @@ def test_everywhere_the_same_result(form, monkeypatch, tmp_path):
         assert difference(serving(x), expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf", "shufflenet_v2_x0_5", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["regnet_y", "shufflenet"])
 def test_a_serving_form_counts_as_the_network_it_is_made_of(name):
-    model, image = masked(getattr(torchvision.models, name)(num_classes=10)), torch.zeros(1, 3, 64, 64)
+    model, image = masked(NETWORKS[name]()), torch.zeros(1, 3, 64, 64)
     small, serving = mfp.compact(model, image), mfp.compact(model, image, fold_bn=True)
     wider = serving.report.flops_after / small.report.flops_after  # its widths are filled up
-    assert 1 <= wider < 1.15
+    assert 1 <= wider < 1.2

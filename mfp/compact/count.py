@@ -70,7 +70,8 @@ def _count(model: nn.Module, arguments: dict[str, Any], device: torch.device | N
     if device:
         arguments = tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
     counter = _Counter()
-    with eval_mode(model), torch.no_grad(), counter:
+    # with gradients a serving form runs as torch's own operators
+    with eval_mode(model), torch.set_grad_enabled(device is None), counter:
         torch.func.functional_call(model, tensors, (), arguments, tie_weights=False)
     return counter.total
 

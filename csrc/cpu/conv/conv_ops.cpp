@@ -1,4 +1,4 @@
-// conv2d, conv2d_join_ and depthwise_conv2d on CPU tensors. The schemas are in mfp/ops.py.
+// conv2d, conv2d_join_ and depthwise_conv2d on CPU tensors. The schemas are in mfp/schemas.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
