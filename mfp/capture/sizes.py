@@ -93,7 +93,7 @@ def refuse_involved_sizes(kind: str, module: Any, inputs: tuple) -> None:
     """A hook for all modules: windows of attention make quotients of products of height and width, and minutes of
     algebra; so does "same" padding for images of any size, whose expressions double with every layer."""
     for value in inputs:
-        if isinstance(value, Tensor) and any(is_involved(size, kind) for size in value.shape[2:]):
+        if isinstance(value, Tensor) and any(is_involved(size, kind) for size in value.shape):
             raise TooInvolved
 
 
