@@ -69,8 +69,9 @@ results: $(VENV)/installed  ## measure all of benchmarks/results/ anew, and writ
 		$(BIN)/mfp bench --engines --arch $$arch --json $(RESULTS)/engines-$$arch.json || exit; done
 	$(BIN)/python benchmarks/compare_torch_pruning.py resnet18 resnet50 mobilenet_v2 regnet_y_400mf \
 		--json $(RESULTS)/torch_pruning.json
+	$(BIN)/python benchmarks/residual_forms.py --json $(RESULTS)/residual-forms.json
 	rm -rf runs/demo && $(BIN)/mfp prune --output runs/demo
-	$(BIN)/python benchmarks/figures.py --demo runs/demo
+	$(BIN)/python benchmarks/figures.py --demo runs/demo --eight-bits runs/residual-forms/coupled-0
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -255,13 +255,13 @@ def written(document: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail where something is not up to date")
-    parser.add_argument(
-        "--demo", metavar="RUN", help="first make demo.json and eight-bits.json of this run of `mfp prune`"
-    )
+    parser.add_argument("--demo", metavar="RUN", help="first make results/demo.json of this run of `mfp prune`")
+    parser.add_argument("--eight-bits", metavar="RUN", help="first make results/eight-bits.json of this run")
     options = parser.parse_args()
+    if options.eight_bits:
+        eight_bits_result(Path(options.eight_bits))
     if options.demo:
         demo_result(Path(options.demo))
-        eight_bits_result(Path(options.demo))
     import charts
 
     changed = [path for path in documents() if written(path.read_text()) != path.read_text()]

@@ -216,6 +216,7 @@ def compare(entry: Entry, result: dict[str, Any], dtypes: Iterable[torch.dtype])
         with torch.no_grad():
             try:
                 expected = run(part.to(dtype), cast(copy.copy(fresh), dtype))
+                ours = run(small.to(dtype), cast(copy.copy(fresh), dtype))
             except RuntimeError as error:
                 if dtype is torch.float32 or (
                     "scalar type" not in str(error) and "should be the same" not in str(error)
@@ -223,7 +224,7 @@ def compare(entry: Entry, result: dict[str, Any], dtypes: Iterable[torch.dtype])
                     raise
                 result["note"] = "float32 alone: the model itself casts to it"
                 continue
-            apart = difference(expected, run(small.to(dtype), cast(copy.copy(fresh), dtype)))
+            apart = difference(expected, ours)
         result[str(dtype).removeprefix("torch.")] = apart
         if not apart <= EXACT[dtype]:
             result["failed"].append(f"differs by {apart:.1e} in {dtype}")
