@@ -67,8 +67,8 @@ class ExportReport:
         if self.grown:
             examples = [f"{name} {before} → {after}" for name, (before, after) in list(self.grown.items())[:3]]
             lines.append(
-                f"{len(self.grown)} layers in front of additions got filters of zeros ({', '.join(examples)}"
-                f'{", ..." if len(self.grown) > 3 else ""}); a plan with residual="keep" or "coupled" needs none'
+                f"{len(self.grown)} layers in front of additions or groups got filters of zeros ({', '.join(examples)}"
+                f'{", ..." if len(self.grown) > 3 else ""}); with residual="keep" or "coupled" additions need none'
             )
         if self.filled:
             lines.append(f"{len(self.filled)} layers were filled up to a multiple of {CHANNELS_AT_ONCE} filters")
