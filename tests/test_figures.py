@@ -48,8 +48,8 @@ def test_a_changed_number_shows(other_results, key):
     path = min(other_results.glob(figures.TABLES[key][0]))
     content = json.loads(path.read_text())
     row = content["rows"][0]
-    timing = next(k for k in ("seconds", "dense_ms", "ms", "milliseconds", "fastest_ms") if k in row)
-    row[timing] *= 2
+    number = next(k for k in ("seconds", "dense_ms", "ms", "milliseconds", "ms_1", "flops_kept") if k in row)
+    row[number] *= 2
     path.write_text(json.dumps(content))
     assert figures.written(document) != document
 
