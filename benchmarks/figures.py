@@ -4,8 +4,8 @@ A table stands in a document between two comments, and is written anew each time
 
     <!-- figures: engines -->  ...  <!-- end of figures -->
 
-The name is one of TABLES below, or `rows:NAME`, which shows results/NAME.json as it is. `--check` writes nothing and
-fails where a document or a chart differs from its result files (tests/test_figures.py does the same).
+The name is one of TABLES below. `--check` writes nothing and fails where a document or a chart differs from its result
+files (tests/test_figures.py does the same).
 """
 
 import argparse
@@ -187,14 +187,6 @@ def _network(row: dict) -> list[str]:
     return [row["name"], *counts, apart, f"{row['seconds']:.1f}", note]
 
 
-def plain_rows(rows: list[dict]) -> str:
-    def cell(value: object) -> str:
-        return "" if value is None else number(value) if isinstance(value, float) else str(value)
-
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    return table(keys, ([cell(row.get(key)) for key in keys] for row in rows))
-
-
 #: Name of a table → the result files that it shows, one after the other, and how.
 #: Name of a table → the result files that it shows, one after the other, and how.
 #: Name of a table → the result files that it shows, one after the other, and how.
@@ -230,7 +222,7 @@ TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
 
 def text(key: str) -> str:
     """What stands between the comments of a table."""
-    pattern, draw = (f"{key.removeprefix('rows:')}.json", plain_rows) if key.startswith("rows:") else TABLES[key]
+    pattern, draw = TABLES[key]
     files = sorted(RESULTS.glob(pattern))
     if not files:
         raise SystemExit(f"a document shows {key}, and there is no benchmarks/results/{pattern}")

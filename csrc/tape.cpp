@@ -5,7 +5,6 @@
 // flags) as it is. A slot is emptied after its last use, so that its memory serves the next result.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
 #include <atomic>
@@ -13,7 +12,7 @@
 #include <memory>
 #include <unordered_map>
 
-#include "cpu/pool.h"
+#include "memory_pool.h"
 
 namespace py = pybind11;
 
@@ -24,14 +23,14 @@ constexpr int kConstant = -1, kList = -2;
 
 // What the tapes of one network share: the memory of their results, kept for the tape that ran last.
 struct Memory {
-  Memory() { cpu::PoolAllocator::install(); }
-  std::shared_ptr<cpu::Pool> pool = std::make_shared<cpu::Pool>();
+  Memory() { PoolAllocator::install(); }
+  std::shared_ptr<Pool> pool = std::make_shared<Pool>();
   std::atomic<const void*> user = nullptr;
 };
 
 struct UsePool {
-  explicit UsePool(cpu::Pool* pool) { cpu::current_pool() = pool; }
-  ~UsePool() { cpu::current_pool() = nullptr; }
+  explicit UsePool(Pool* pool) { current_pool() = pool; }
+  ~UsePool() { current_pool() = nullptr; }
 };
 
 class Tape {
@@ -162,54 +161,9 @@ class Tape {
   std::unordered_map<const c10::TensorImpl*, int> places_;
 };
 
-// Adds a module's mode, its parameters' and buffers' places, versions and devices, and those of its parts; false where
-// there is a hook, or a kind of module that has no dicts of them.
-bool add_state(py::handle module, std::vector<int64_t>& found) {
-  static const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
-  static PyObject *const hooks[] = {name("_forward_hooks"), name("_forward_pre_hooks")}, *const training =
-                                                                                             name("training");
-  static PyObject *const tensors[] = {name("_parameters"), name("_buffers")}, *const modules = name("_modules");
-  const auto attribute = [&](PyObject* name) {
-    const py::object value = py::reinterpret_steal<py::object>(PyObject_GetAttr(module.ptr(), name));
-    if (!value) throw py::error_already_set();
-    return value;
-  };
-  for (PyObject* name : hooks) {
-    if (PyObject_IsTrue(attribute(name).ptr())) return false;
-  }
-  found.push_back(PyObject_IsTrue(attribute(training).ptr()));
-  PyObject *key, *value;
-  for (PyObject* name : tensors) {
-    const py::object dict = attribute(name);
-    if (!PyDict_Check(dict.ptr())) return false;
-    for (Py_ssize_t next = 0; PyDict_Next(dict.ptr(), &next, &key, &value);) {
-      if (!THPVariable_Check(value)) continue;
-      const at::Tensor& tensor = THPVariable_Unpack(value);
-      found.push_back(tensor.has_storage() ? reinterpret_cast<int64_t>(tensor.const_data_ptr()) : 0);
-      found.push_back(tensor.is_inference() ? 0 : tensor._version());
-      found.push_back(static_cast<int64_t>(tensor.device().type()));
-    }
-  }
-  const py::object parts = attribute(modules);
-  if (!PyDict_Check(parts.ptr())) return false;
-  for (Py_ssize_t next = 0; PyDict_Next(parts.ptr(), &next, &key, &value);) {
-    if (value != Py_None && !add_state(value, found)) return false;
-  }
-  return true;
-}
-
-// bytes that change when a parameter, a buffer or a mode does; None where the network cannot be replayed.
-py::object state_of(py::handle network) {
-  std::vector<int64_t> found;
-  if (!add_state(network, found)) return py::none();
-  return py::bytes(reinterpret_cast<const char*>(found.data()), found.size() * sizeof(int64_t));
-}
-
 }  // namespace
 
 void define_tape(py::module& module) {
-  module.def("network_state", &state_of,
-             "changes when a parameter, a buffer or a mode does; None where there are hooks");
   py::class_<Memory, std::shared_ptr<Memory>>(module, "Memory", "of the results of a network's tapes").def(py::init());
   py::class_<Tape>(module, "Tape", "operator calls of a network, run again without Python in between")
       .def(py::init<std::shared_ptr<Memory>, const std::vector<at::Tensor>&>())

@@ -54,13 +54,14 @@ def test_a_changed_number_shows(other_results, key):
     assert figures.written(document) != document
 
 
-def test_any_file_as_it_is(other_results):
-    results.write(other_results / "some.json", "mfp bench", [{"a": 1, "b": 0.12345}, {"a": 12345, "c": None}], note="x")
-    shown = figures.text("rows:some")
-    assert "| a | b | c |" in shown and "| 1 | 0.123 |  |" in shown and "| 12345 |  |  |" in shown
-    assert "`mfp bench`. X.*" in shown
-    with pytest.raises(SystemExit, match=r"no benchmarks/results/none\.json"):
-        figures.text("rows:none")
+def test_a_note_and_a_missing_file(other_results):
+    row = {"arch": "resnet18", "by": "mfp", "failed": "", "ms": 12345.0, "flops_kept": 0.12345}
+    results.write(other_results / "torch_pruning.json", "mfp bench", [row], note="x")
+    shown = figures.text("torch_pruning")
+    assert "| ResNet-18 | 12,345 ms, 12.3% |" in shown and "`mfp bench`. X.*" in shown
+    (other_results / "torch_pruning.json").unlink()
+    with pytest.raises(SystemExit, match=r"no benchmarks/results/torch_pruning\*\.json"):
+        figures.text("torch_pruning")
 
 
 def test_a_run_becomes_a_result_file(other_results, tmp_path):

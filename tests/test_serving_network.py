@@ -1,6 +1,7 @@
 """The replayed serving form: the same bits as its graph, whatever is called how often, by whom, after which changes."""
 
 import copy
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -92,6 +93,26 @@ def test_structures_and_operators_of_all_kinds():
         other = serving(images(seed=2))
         assert difference(model(images(seed=2))["logits"], other["logits"]) < 1e-5
         assert torch.equal(result["maps"][0], expected["maps"][0]), "a result was overwritten by the next call"
+
+
+def test_memory_that_is_used_again_is_nobodys_result():
+    """Results as large as the pool takes: they stay what they are, their network gone and others freed."""
+    serving = mfp.compact(Mixed().eval(), images(size=128), fold_bn=True)
+    given = [images(size=128, seed=seed) for seed in range(4)]
+    with torch.no_grad():
+        expected = [serving.forward(x)["maps"][0] for x in given]
+        for _ in range(3):
+            serving(given[0])
+        results = [serving(x)["maps"][0] for x in given]
+        serving(given[0])
+    assert tapes(serving) == 1 and results[0].nbytes >= 2**18
+    assert all(map(torch.equal, results, expected))
+    del serving
+    gc.collect()
+    results[0].resize_(4, *results[0].shape[1:]).fill_(0)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(results.pop).result()
+    assert all(map(torch.equal, results[1:], expected[1:]))
 
 
 def test_changed_parameters_modes_and_switches(monkeypatch):

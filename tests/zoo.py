@@ -230,11 +230,11 @@ def compare(entry: Entry, result: dict[str, Any], dtypes: Iterable[torch.dtype])
             result["failed"].append(f"differs by {apart:.1e} in {dtype}")
 
 
-def key(entry: Entry) -> str:
-    return f"{entry.family}: {entry.name}"
+def key(family: str, name: str) -> str:
+    return f"{family}: {name}"
 
 
-ENTRIES = {key(entry): entry for entry in ZOO}
+ENTRIES = {key(entry.family, entry.name): entry for entry in ZOO}
 
 
 def measure_named(name: str) -> dict[str, Any]:
@@ -305,21 +305,23 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="result file; networks that it has without a fault are not run again")
     options = parser.parse_args()
     pattern = f"*{options.only}*"
-    chosen = [key for key, entry in ENTRIES.items() if fnmatchcase(key, pattern) and not (options.fast and entry.slow)]
+    chosen = [
+        name for name, entry in ENTRIES.items() if fnmatchcase(name, pattern) and not (options.fast and entry.slow)
+    ]
     if not chosen:
         parser.error(f"no network is called {options.only!r}")
     old = results.read(options.json)["rows"] if options.json and options.json.exists() else []
-    rows = {f"{row['family']}: {row['name']}": row for row in old if not row["failed"]}
-    left, start = [key for key in chosen if key not in rows], time.perf_counter()
+    rows = {key(row["family"], row["name"]): row for row in old if not row["failed"]}
+    left, start = [name for name in chosen if name not in rows], time.perf_counter()
     for done, result in enumerate(measure_all(left, options.jobs), 1):
-        rows[f"{result['family']}: {result['name']}"] = as_row(result)
+        rows[key(result["family"], result["name"])] = as_row(result)
         outcome = "; ".join(result["failed"]) or f"{result['times_live']:.2f} times live"
         clock = f"{time.perf_counter() - start:5.0f} s"
         print(f"{clock} {done}/{len(left)} {result['family']}: {result['name']}: {outcome}", file=sys.stderr)
         if options.json:
-            results.write(options.json, "make zoo", [rows[key] for key in ENTRIES if key in rows])
-    print(networks([rows[key] for key in chosen]))
-    failed = [key for key in chosen if rows[key]["failed"]]
+            results.write(options.json, "make zoo", [rows[name] for name in ENTRIES if name in rows])
+    print(networks([rows[name] for name in chosen]))
+    failed = [name for name in chosen if rows[name]["failed"]]
     print(f"\n{len(chosen)} networks, {len(failed)} fail, {time.perf_counter() - start:.0f} s")
     return 1 if failed else 0
 

@@ -35,9 +35,7 @@ class _Counter(TorchDispatchMode):
             self.total += args[1].numel() * args[2].shape[-1]
         elif packet is aten.linear:
             self.total += args[0].numel() * args[1].shape[0]
-        elif (
-            func.namespace in ("mfp", "mkldnn") and "conv" in packet.__name__
-        ):  # a serving form, run instead of looked at
+        elif func.namespace in ("mfp", "mkldnn") and "conv" in packet.__name__:
             raise NotImplementedError(f"the multiply-adds of {func} are not counted")
         return result
 

@@ -11,7 +11,7 @@
 #include <mutex>
 #include <new>
 
-namespace mfp::cpu {
+namespace mfp {
 
 class Pool : public std::enable_shared_from_this<Pool> {
  public:
@@ -95,4 +95,4 @@ class PoolAllocator final : public c10::Allocator {
   c10::Allocator* torchs_;
 };
 
-}  // namespace mfp::cpu
+}  // namespace mfp
