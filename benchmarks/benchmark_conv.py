@@ -45,7 +45,7 @@ def test_conv(benchmark, who, layer, batch):
         def mfp():
             if channels:
                 return ops.conv2d_join_(residual, x, weight, bias, index, *geometry, True, winograd)
-            return ops.conv2d(x, weight, bias, filters, *geometry, 0.0, winograd=winograd)
+            return ops.conv2d(x, weight, bias, filters, *geometry, "relu", winograd)
 
         def onednn():
             activation = "none" if channels else "relu"
@@ -83,7 +83,7 @@ def test_depthwise_conv(benchmark, who, size, channels, stride, batch):
         packed = conv.pack_for_onednn(x.shape)
 
         def mfp():
-            return ops.depthwise_conv2d(x, *arguments, *geometry, 0.0, 6.0)
+            return ops.depthwise_conv2d(x, *arguments, *geometry, "relu6")
 
         def onednn():
             return torch.ops.mkldnn._convolution_pointwise(

@@ -23,10 +23,10 @@ from mfp.errors import MfpError
 from mfp.graph_json import CONSTANTS, ModelFileError, describe_modules, describe_nodes, make_graph, make_module, path
 from mfp.modules import memory_format_of
 from mfp.serving import ServingNetwork
+from mfp.serving.modules import SERVING_MODULES
 
 VERSION = 2
 KINDS = ("parameter", "frozen", "buffer")
-SERVING = ("FusedJoin", "ServingConv2d", "ServingJoin2d")  # layers of the serving form
 
 
 def save(small: fx.GraphModule, file: str | os.PathLike[str]) -> None:
@@ -131,7 +131,8 @@ def _build(description: dict[str, Any], stored: dict[str, Tensor]) -> fx.GraphMo
     name, table = description["name"], description["tensors"]
     if not isinstance(name, str) or not name.isidentifier():
         raise ModelFileError(f"'{name}' is no class name")
-    serving = any(described["class"] in SERVING for described in description["modules"].values())
+    kinds = {kind.__name__ for kind in SERVING_MODULES}
+    serving = any(described["class"] in kinds for described in description["modules"].values())
     small = (ServingNetwork if serving else fx.GraphModule)(nn.Module(), fx.Graph(), name)
     tensors = _in_order(table, stored)
     for name, described in description["modules"].items():

@@ -70,7 +70,7 @@ MODULES: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
     own.AddConstants, own.ConvWithBorder, own.ExpandChannels, own.InputSizes, own.ResidualJoin, own.SelectChannels,
-    serving.FusedJoin, serving.ServingConv2d, serving.ServingJoin2d,
+    *serving.SERVING_MODULES,
 )}  # fmt: skip
 CONSTANTS: dict[str, Any] = {str(value).removeprefix("torch."): value for value in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

@@ -8,7 +8,6 @@ chosen backend.
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -273,11 +272,10 @@ def conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    low: float = -math.inf,
-    high: float = math.inf,
+    activation: str = "none",
     winograd: bool = False,
 ) -> Tensor:
-    """A convolution clamped between ``low`` and ``high`` (ReLU: 0 and inf), without gradients; channels_last.
+    """A convolution and what is computed of its result, without gradients; channels_last.
 
     Each output is summed in one order: with finite weights bitwise the same for any batch and number of threads. The
     one kernel is for the CPU, and the caller sees to it that it is the chosen backend there; elsewhere torch's own
@@ -287,11 +285,12 @@ def conv2d(
         input: float32 ``[B, C, H, W]``.
         weights, bias: from :func:`~mfp.conv_weights.pack_conv2d`.
         filters: how many of them there are.
+        activation: "none", "relu", "relu6", "hardswish" or "silu".
         winograd: the weights went through :func:`~mfp.conv_weights.winograd_weight` first; for a 3x3 kernel with stride
             and dilation 1. A quarter of the multiplications, and results that differ from the plain sum by up to 5e-6
             of the largest output; what is not finite in the input spreads to the 4x4 outputs computed with it.
     """
-    return torch.ops.mfp.conv2d(input, weights, bias, filters, stride, padding, dilation, low, high, winograd)
+    return torch.ops.mfp.conv2d(input, weights, bias, filters, stride, padding, dilation, activation, winograd)
 
 
 def depthwise_conv2d(
@@ -301,8 +300,7 @@ def depthwise_conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    low: float = -math.inf,
-    high: float = math.inf,
+    activation: str = "none",
 ) -> Tensor:
     """:func:`conv2d` where each channel has one kernel of its own.
 
@@ -310,7 +308,7 @@ def depthwise_conv2d(
         input: float32 ``[B, C, H, W]``.
         weights, bias: from :func:`~mfp.conv_weights.pack_depthwise_conv2d`.
     """
-    return torch.ops.mfp.depthwise_conv2d(input, weights, bias, stride, padding, dilation, low, high)
+    return torch.ops.mfp.depthwise_conv2d(input, weights, bias, stride, padding, dilation, activation)
 
 
 def conv2d_join_(
@@ -332,3 +330,14 @@ def conv2d_join_(
         index: int64, strictly increasing channels of the residual, one for each filter.
     """
     torch.ops.mfp.conv2d_join_(residual, input, weights, bias, index, stride, padding, dilation, relu, winograd)
+
+
+def batch_norm(inputs: Sequence[Tensor], scale: Tensor, shift: Tensor, activation: str = "none") -> Tensor:
+    """``activation(cat(inputs, 1) * scale + shift)`` in one pass, without gradients; channels_last.
+
+    Args:
+        inputs: float32 ``[B, C_i, H, W]``, which differ in the channels alone.
+        scale, shift: float32 ``[C]``, one number for each channel of all inputs.
+        activation: as for :func:`conv2d`.
+    """
+    return torch.ops.mfp.batch_norm(inputs, scale, shift, activation)

@@ -5,14 +5,18 @@ Written for being right, from the formulas of the criteria; it shares no code wi
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mfp.conv_weights import kernel_of_winograd
+
+# What an op computes of a sum that is at hand.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x, "relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu,
+}  # fmt: skip
 
 _NORM, _DISTANCE, _COSINE_DISTANCE, _WEIGHTED_HYBRID, _TAYLOR = range(5)
 
@@ -201,15 +205,14 @@ def conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    low: float,
-    high: float,
+    activation: str,
     winograd: bool = False,
 ) -> Tensor:
     """The op ``mfp::conv2d``."""
     plain = weights.permute(0, 4, 3, 1, 2).flatten(0, 1)[:filters]  # [F, C, H, W]
     plain = kernel_of_winograd(plain) if winograd else plain
     out = F.conv2d(input, plain, bias[:filters], stride, padding, dilation)
-    return out.clamp(low, high).contiguous(memory_format=torch.channels_last)
+    return ACTIVATIONS[activation](out).contiguous(memory_format=torch.channels_last)
 
 
 def depthwise_conv2d(
@@ -219,14 +222,13 @@ def depthwise_conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    low: float,
-    high: float,
+    activation: str,
 ) -> Tensor:
     """The op ``mfp::depthwise_conv2d``."""
     channels = input.shape[1]
     plain = weights[..., :channels].permute(2, 0, 1)[:, None]  # [C, 1, H, W]
     out = F.conv2d(input, plain, bias[:channels], stride, padding, dilation, channels)
-    return out.clamp(low, high).contiguous(memory_format=torch.channels_last)
+    return ACTIVATIONS[activation](out).contiguous(memory_format=torch.channels_last)
 
 
 def conv2d_join_(
@@ -242,5 +244,11 @@ def conv2d_join_(
     winograd: bool = False,
 ) -> None:
     """The op ``mfp::conv2d_join_``."""
-    branch = conv2d(input, weights, bias, len(index), stride, padding, dilation, -math.inf, math.inf, winograd)
+    branch = conv2d(input, weights, bias, len(index), stride, padding, dilation, "none", winograd)
     scatter_add_(residual, branch, index, relu)
+
+
+def batch_norm(inputs: Sequence[Tensor], scale: Tensor, shift: Tensor, activation: str) -> Tensor:
+    """The op ``mfp::batch_norm``."""
+    out = torch.cat(list(inputs), 1) * scale[:, None, None] + shift[:, None, None]
+    return ACTIVATIONS[activation](out).contiguous(memory_format=torch.channels_last)

@@ -23,11 +23,12 @@ int[] offsets, int[] rows, float lr, float beta1, float beta2, float eps, float 
 int step) -> ()
 scatter_add_(Tensor(a!) residual, Tensor branch, Tensor index, bool relu) -> ()
 conv2d(Tensor input, Tensor weights, Tensor bias, int filters, int[] stride, int[] padding, int[] dilation, \
-float low, float high, bool winograd=False) -> Tensor
+str activation, bool winograd=False) -> Tensor
 depthwise_conv2d(Tensor input, Tensor weights, Tensor bias, int[] stride, int[] padding, int[] dilation, \
-float low, float high) -> Tensor
+str activation) -> Tensor
 conv2d_join_(Tensor(a!) residual, Tensor input, Tensor weights, Tensor bias, Tensor index, int[] stride, \
 int[] padding, int[] dilation, bool relu, bool winograd=False) -> ()
+batch_norm(Tensor[] inputs, Tensor scale, Tensor shift, str activation) -> Tensor
 """
 
 _library = torch.library.Library("mfp", "DEF")
@@ -55,19 +56,24 @@ def _(weights, followers, follower_layers, num_pruned, kinds, exponents, chosen,
 
 
 @torch.library.register_fake("mfp::conv2d", lib=_library)
-def _(input, weights, bias, filters, stride, padding, dilation, low, high, winograd=False):
+def _(input, weights, bias, filters, stride, padding, dilation, activation, winograd=False):
     kernel = [size - WINOGRAD_OUT + 1 if winograd else size for size in weights.shape[1:3]]
     return _channels_last(input, filters, conv2d_sizes(input.shape[2:], kernel, stride, padding, dilation))
 
 
 @torch.library.register_fake("mfp::depthwise_conv2d", lib=_library)
-def _(input, weights, bias, stride, padding, dilation, low, high):
+def _(input, weights, bias, stride, padding, dilation, activation):
     sizes = conv2d_sizes(input.shape[2:], weights.shape[:2], stride, padding, dilation)
     return _channels_last(input, input.shape[1], sizes)
 
 
 def _channels_last(input: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:
     return input.new_empty((input.shape[0], channels, *sizes)).to(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("mfp::batch_norm", lib=_library)
+def _(inputs, scale, shift, activation):
+    return _channels_last(inputs[0], scale.shape[0], inputs[0].shape[2:])
 
 
 @torch.library.register_fake("mfp::conv2d_join_", lib=_library)

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 
 from mfp import backend, ops, reference
 from mfp.conv_weights import kernel_of_winograd, pack_conv2d, pack_depthwise_conv2d, winograd_weight
+from mfp.reference import ACTIVATIONS
 
 CL = torch.channels_last
+CLAMPS = ("none", "relu", "relu6")  # exact where the sum is
 pytestmark = [
     pytest.mark.usefixtures("three_threads"),
     pytest.mark.skipif(backend.backends()["cpu"].unusable is not None, reason="mfp._C is not built"),
@@ -58,10 +60,10 @@ def test_equals_torch_bitwise_on_whole_numbers(isa, case):
     expected = F.conv2d(x, weight, bias, *geometry)
     assert expected.abs().max() > 0
     packed = pack_conv2d(weight, bias)
-    for low, high in ((-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0)):
-        actual = ops.conv2d(x, *packed, len(weight), *geometry, low, high)
+    for activation in CLAMPS:
+        actual = ops.conv2d(x, *packed, len(weight), *geometry, activation)
         assert actual.is_contiguous(memory_format=CL)
-        assert torch.equal(actual, expected.clamp(low, high))
+        assert torch.equal(actual, ACTIVATIONS[activation](expected))
     for more in (0, 1, 50):
         channels = len(weight) + more
         index = torch.randperm(channels, generator=generator)[: len(weight)].sort().values
@@ -114,10 +116,10 @@ def test_winograd(isa, case):
     expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=padding)
     largest = expected.abs().max()
     arguments, geometry = pack_conv2d(winograd_weight(weight), bias), ((1, 1), padding, (1, 1))
-    for low, high in ((-math.inf, math.inf), (0.0, 2.0)):
-        actual = ops.conv2d(x, *arguments, filters, *geometry, low, high, winograd=True)
+    for activation, function in ACTIVATIONS.items():
+        actual = ops.conv2d(x, *arguments, filters, *geometry, activation, winograd=True)
         assert actual.is_contiguous(memory_format=CL)
-        assert (actual - expected.clamp(low, high)).abs().max() < 5e-6 * largest
+        assert (actual - function(expected)).abs().max() < 5e-6 * largest
     index = torch.randperm(filters + 9, generator=generator)[:filters].sort().values
     residual = torch.randn(len(x), filters + 9, *expected.shape[2:], generator=generator).contiguous(memory_format=CL)
     right = residual.double().index_add(1, index, expected).relu()
@@ -142,12 +144,84 @@ def test_depthwise_equals_torch_bitwise_on_whole_numbers(isa, case):
     bias = small_integers(channels, generator=generator)
     expected = F.conv2d(x, weight, bias, *geometry, groups=channels)
     packed = pack_depthwise_conv2d(weight, bias)
-    for low, high in ((-math.inf, math.inf), (0.0, 6.0)):
-        actual = ops.depthwise_conv2d(x, *packed, *geometry, low, high)
+    for activation in CLAMPS:
+        right, arguments = ACTIVATIONS[activation](expected), (x, *packed, *geometry, activation)
+        actual = ops.depthwise_conv2d(*arguments)
         assert actual.is_contiguous(memory_format=CL)
-        assert torch.equal(actual, expected.clamp(low, high))
-        assert torch.equal(reference.depthwise_conv2d(x, *packed, *geometry, low, high), expected.clamp(low, high))
+        assert torch.equal(actual, right)
+        assert torch.equal(reference.depthwise_conv2d(*arguments), right)
     assert ops.depthwise_conv2d(x[:0], *packed, *geometry).shape == (0, *expected.shape[1:])
+
+
+NUMBERS = [*range(-100, 101), 1e-30, -1e-30, 3e38, -3e38, math.inf, -math.inf, math.nan]
+
+
+@pytest.mark.parametrize("activation", ["hardswish", "silu"])
+@pytest.mark.parametrize("kernel", [ops.conv2d, ops.depthwise_conv2d, ops.batch_norm])
+def test_curves_in_every_kernel_and_at_every_number(isa, activation, kernel):
+    """What is computed of a sum, against float64 and, where that is no number, torch in float32."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.cat([torch.tensor(NUMBERS), torch.randn(3000, generator=generator) * 4])
+    x = numbers[: len(numbers) // 9 * 9].view(1, 1, 9, -1).expand(1, 5, -1, -1).contiguous(memory_format=CL)
+    geometry = (1, 1), (0, 0), (1, 1)
+    if kernel is ops.batch_norm:
+        actual = kernel([x], torch.ones(5), torch.zeros(5), activation)
+    elif kernel is ops.depthwise_conv2d:
+        actual = kernel(x, *pack_depthwise_conv2d(torch.ones(5, 1, 1, 1), None), *geometry, activation)
+    else:
+        x = x[:, :1]
+        actual = kernel(x, *pack_conv2d(torch.ones(5, 1, 1, 1), None), 5, *geometry, activation)
+    function = ACTIVATIONS[activation]
+    torch.testing.assert_close(actual.isnan(), function(x).isnan().expand_as(actual))
+    right = function(x.double()).expand_as(actual)
+    real = right.isfinite() & (right.abs() < 1e38)
+    assert real.sum() > 3000
+    error = (actual.double() - right).abs() / right.abs().clamp(min=1e-30)
+    assert error[real].max() < 5e-7
+    assert torch.equal(actual[right == math.inf].isinf(), (right == math.inf)[right == math.inf])
+
+
+def test_an_unknown_activation_is_refused():
+    packed = pack_conv2d(torch.ones(4, 2, 3, 3), None)
+    with pytest.raises(RuntimeError, match="activation tanh; known are none, relu, relu6, hardswish, silu"):
+        ops.conv2d(torch.zeros(1, 2, 5, 5), *packed, 4, (1, 1), (0, 0), (1, 1), "tanh")
+
+
+@pytest.mark.parametrize("channels", [[1], [16], [3, 4, 0, 9], [16, 40, 7], [33]])
+def test_batch_norm(isa, channels):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(3, count, 5, 7, generator=generator) for count in channels]
+    inputs[1:] = [x.contiguous(memory_format=CL) for x in inputs[1:]]
+    scale, shift = torch.randn(2, sum(channels), generator=generator)
+    for activation in ACTIVATIONS:
+        right = reference.batch_norm([x.double() for x in inputs], scale.double(), shift.double(), activation)
+        actual = ops.batch_norm(inputs, scale, shift, activation)
+        assert actual.is_contiguous(memory_format=CL)
+        assert (actual - right).abs().max() < 1e-6 * right.abs().max()
+        each = [ops.batch_norm([x[i : i + 1] for x in inputs], scale, shift, activation) for i in range(3)]
+        assert torch.equal(torch.cat(each), actual)
+    assert ops.batch_norm([x[:0] for x in inputs], scale, shift).shape == (0, sum(channels), 5, 7)
+    torch.library.opcheck(torch.ops.mfp.batch_norm.default, (inputs, scale, shift, "relu"))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"inputs": []}, "no inputs"),
+    ({"inputs": [torch.zeros(1, 2, 3)]}, "expected float32"),
+    ({"inputs": [torch.zeros(1, 2, 3, 3), torch.zeros(2, 2, 3, 3)]}, "the first one"),
+    ({"inputs": [torch.zeros(1, 4, 3, 3, dtype=torch.float64)]}, "expected float32"),
+    ({"scale": torch.ones(3)}, "scale or shift is"),
+    ({"shift": torch.ones(4, dtype=torch.float64)}, "scale or shift is"),
+])  # fmt: skip
+def test_wrong_arguments_of_batch_norm_are_refused(change, message):
+    given = {"inputs": [torch.zeros(1, 4, 3, 3)], "scale": torch.ones(4), "shift": torch.ones(4), "activation": "none"}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.mfp.batch_norm(**{**given, **change})
+
+
+def call_batch_norm(x, weight, bias):
+    return ops.batch_norm(
+        [x[:, :33], x[:, 33:]], weight[: x.shape[1], 0, 0, 0].contiguous(), bias[: x.shape[1]], "silu"
+    )
 
 
 def call_winograd(x, weight, bias):
@@ -160,7 +234,7 @@ def call_depthwise(x, weight, bias):
     return ops.depthwise_conv2d(x, *pack_depthwise_conv2d(kernels, bias[: x.shape[1]]), (1, 1), (1, 1), (1, 1))
 
 
-@pytest.mark.parametrize("call", [call_winograd, call_depthwise])
+@pytest.mark.parametrize("call", [call_winograd, call_depthwise, call_batch_norm])
 def test_other_kernels_are_bitwise_the_same_for_any_batch_and_number_of_threads(isa, call):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(9, 70, 30, 31, generator=generator).contiguous(memory_format=CL)
@@ -183,7 +257,7 @@ def test_winograd_weights_keep_the_kernel():
     x = torch.randn(2, 7, 5, 5, generator=torch.Generator().manual_seed(1))
     geometry = (1, 1), (1, 1), (1, 1)
     packed = pack_conv2d(winograd_weight(weight), None)
-    actual = reference.conv2d(x, *packed, 5, *geometry, -math.inf, math.inf, winograd=True)
+    actual = reference.conv2d(x, *packed, 5, *geometry, "none", winograd=True)
     assert torch.allclose(actual, F.conv2d(x, weight, padding=1), atol=1e-5)
 
 
@@ -220,11 +294,12 @@ def test_nothing_outside_the_residual_is_touched(isa):
     assert not (residual[:, 2:20:2] == 7).any()
 
 
-def test_not_a_number_stays(isa):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_not_a_number_stays(isa, activation):
     x = torch.ones(1, 2, 4, 4)
     x[0, 0, 1, 1] = math.nan
     packed = pack_conv2d(torch.ones(20, 2, 1, 1), None)
-    actual = ops.conv2d(x, *packed, 20, (1, 1), (0, 0), (1, 1), 0.0, 6.0)
+    actual = ops.conv2d(x, *packed, 20, (1, 1), (0, 0), (1, 1), activation)
     assert actual[0, :, 1, 1].isnan().all()
     assert actual.isnan().sum() == 20
     residual = torch.zeros(1, 30, 4, 4).contiguous(memory_format=CL)
@@ -279,7 +354,7 @@ def test_reference(case):
     x, weight, bias, geometry = sample(case, generator)
     expected = F.conv2d(x, weight, bias, *geometry)
     packed = pack_conv2d(weight, bias)
-    assert torch.equal(reference.conv2d(x, *packed, len(weight), *geometry, 0.0, 6.0), expected.clamp(0, 6))
+    assert torch.equal(reference.conv2d(x, *packed, len(weight), *geometry, "relu6"), expected.clamp(0, 6))
     residual, index = small_integers(*expected.shape, generator=generator), torch.arange(len(weight))
     actual = residual.clone()
     reference.conv2d_join_(actual, x, *packed, index, *geometry, True)
@@ -289,11 +364,11 @@ def test_reference(case):
 def test_opcheck():
     packed = pack_conv2d(torch.ones(20, 3, 3, 2), torch.ones(20))
     x, geometry = torch.randn(2, 3, 8, 9), ((2, 1), (1, 0), (1, 2))
-    torch.library.opcheck(torch.ops.mfp.conv2d.default, (x, *packed, 20, *geometry, 0.0, 6.0))
+    torch.library.opcheck(torch.ops.mfp.conv2d.default, (x, *packed, 20, *geometry, "relu6"))
     residual = torch.randn(2, 25, 4, 7).contiguous(memory_format=CL)
     arguments = (residual, x, *packed, torch.arange(5, 25), *geometry, True)
     torch.library.opcheck(torch.ops.mfp.conv2d_join_.default, arguments)
     six = pack_conv2d(torch.ones(20, 3, 6, 6), None)
-    torch.library.opcheck(torch.ops.mfp.conv2d.default, (x, *six, 20, (1, 1), (1, 0), (1, 1), 0.0, 6.0, True))
+    torch.library.opcheck(torch.ops.mfp.conv2d.default, (x, *six, 20, (1, 1), (1, 0), (1, 1), "silu", True))
     packed = pack_depthwise_conv2d(torch.ones(3, 1, 3, 2), torch.ones(3))
-    torch.library.opcheck(torch.ops.mfp.depthwise_conv2d.default, (x, *packed, *geometry, 0.0, 6.0))
+    torch.library.opcheck(torch.ops.mfp.depthwise_conv2d.default, (x, *packed, *geometry, "relu6"))

@@ -12,7 +12,7 @@ from torch import nn
 
 import mfp
 from mfp import ops
-from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d
+from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d, ServingNorm2d
 
 
 def served(model: nn.Module, x: torch.Tensor) -> nn.Module:
@@ -148,6 +148,61 @@ def test_depthwise_convs(activation):
         expected = conv(x)  # with gradients: by torch
         with torch.inference_mode():
             assert difference(expected, conv(x)) < 1e-6
+
+
+class Dense(nn.Module):
+    """A block of DenseNet: each layer reads all before it, concatenated, through a BatchNorm of its own."""
+
+    def __init__(self, activation=F.relu, twice=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs = nn.ModuleList(nn.Conv2d(channels, 8, 3, padding=1) for channels in (6, 14, 22))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for channels in (6, 14, 22))
+        for norm in self.norms:
+            for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+        self.activation, self.twice = activation, twice
+
+    def forward(self, x):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = torch.cat([x, conv(self.activation(norm(x)))], 1)
+        return x.mean() + self.norms[0](x[:, :6]) if self.twice else x
+
+
+@pytest.mark.parametrize("activation", [F.relu, F.silu, torch.sigmoid])
+def test_norms_take_in_concatenations_and_activations(activation):
+    serving = served(Dense(activation), images())
+    norms = [module for module in serving.modules() if isinstance(module, ServingNorm2d)]
+    name = activation.__name__ if activation is not torch.sigmoid else "none"
+    assert [norm.activation for norm in norms] == [name] * 3
+    targets = [str(node.target) for node in serving.graph.nodes if node.op == "call_function"]
+    assert targets.count("aten.cat.default") == 3  # each is read by the next one, too
+    assert mfp.flops(serving, images()) == mfp.flops(Dense(activation).eval(), images())
+
+
+def test_a_concatenation_that_a_norm_alone_reads_is_not_written():
+    class Last(Dense):
+        def forward(self, x):
+            a = self.convs[0](x)
+            return self.convs[1](F.relu(self.norms[1](torch.cat([x, a], 1))))
+
+    serving = served(Last(), images())
+    assert not [node for node in serving.graph.nodes if node.target is torch.ops.aten.cat.default]
+    norm = next(node for node in serving.graph.nodes if node.target == "norms.1")
+    assert len(norm.args) == 2
+
+
+def test_a_norm_that_is_called_twice_stays():
+    serving = served(Dense(twice=True), images())
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in serving.modules()) == 1
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_norms_without_the_op(gradient):
+    model = Dense(F.silu).eval()
+    serving = mfp.compact(model, images(), fold_bn=True).double()
+    with torch.set_grad_enabled(gradient):
+        assert difference(model.double()(images().double()), serving(images().double())) < 1e-6
 
 
 def test_the_networks_input_is_not_overwritten():

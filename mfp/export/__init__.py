@@ -28,7 +28,7 @@ from mfp.errors import MfpError
 from mfp.export.widen import CHANNELS_AT_ONCE, Widened, widen
 from mfp.plan import unwrap
 from mfp.serving.fold import fold_batchnorm
-from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d
+from mfp.serving.modules import SERVING_MODULES
 
 __all__ = ["FORMATS", "ExportReport", "export"]
 
@@ -182,9 +182,8 @@ def _prepared(model: nn.Module, arguments: dict[str, Any]) -> tuple[fx.GraphModu
 
 def is_compact(model: nn.Module) -> bool:
     """Whether a model is a result of mfp.compact, other than in serving form."""
-    serving = (FusedJoin, ServingConv2d, ServingJoin2d)
     compact = isinstance(model, fx.GraphModule) and hasattr(model, "report")
-    return compact and not any(isinstance(module, serving) for module in model.modules())
+    return compact and not any(isinstance(module, SERVING_MODULES) for module in model.modules())
 
 
 def dense_like(masked: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from mfp.modules import ConvWithBorder
 
@@ -50,12 +50,7 @@ def fold_batchnorm(small: fx.GraphModule) -> None:
     """conv followed by BatchNorm becomes one conv with a bias."""
     for source, conv, node, norm in conv_norm_pairs(small):
         inner = conv.conv if isinstance(conv, ConvWithBorder) else conv
-        scale = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * norm.weight.double()
-        shift = -norm.running_mean.double() * scale
-        if norm.bias is not None:
-            shift = shift + norm.bias.double()
+        scale, shift = scale_and_shift(norm)
         if inner.bias is not None:
             shift = shift + inner.bias.double() * scale
         scale_filters(inner, scale)
@@ -68,7 +63,16 @@ def fold_batchnorm(small: fx.GraphModule) -> None:
         small.graph.erase_node(node)
 
 
-def scale_filters(module: nn.Module, scale: torch.Tensor) -> None:
+def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """What a trained BatchNorm multiplies by and adds, in float64."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.double()
+
+
+def scale_filters(module: nn.Module, scale: Tensor) -> None:
     weight = module.weight
     if getattr(module, "transposed", False):  # [in, out / groups, ...]
         grouped = weight.double().view(module.groups, -1, *weight.shape[1:])
@@ -79,6 +83,6 @@ def scale_filters(module: nn.Module, scale: torch.Tensor) -> None:
     module.weight = nn.Parameter(scaled.to(weight.dtype).contiguous(memory_format=_format(weight)))
 
 
-def _format(weight: torch.Tensor) -> torch.memory_format:
+def _format(weight: Tensor) -> torch.memory_format:
     is_last = weight.dim() == 4 and not weight.is_contiguous()
     return torch.channels_last if is_last else torch.contiguous_format

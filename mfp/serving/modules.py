@@ -5,9 +5,8 @@ Under export and compilation each one is plain torch operations, so that it goes
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,16 +65,15 @@ ACTIVATIONS = {
     "silu": ("swish", [], F.silu),
 }
 WINOGRAD_PIXELS = 49  # of the input, at least
-CLAMPS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
 class ServingConv2d(nn.Conv2d):
     """conv and activation in one, with the weight packed once for this processor: for serving on a CPU.
 
-    Convs without groups and depthwise ones, with no activation or a clamp, run as mfp's ops, others as oneDNN's. torch
-    packs a plain conv's weight anew at each call, which costs a 1x1 conv as much time as its arithmetic. The packed
-    copy is made at the first call without gradients and renewed when the parameters change; wherever it does not apply
-    (gradients, export, other devices and dtypes), this is an ordinary conv and activation.
+    Convs without groups and depthwise ones run as mfp's ops, others as oneDNN's. torch packs a plain conv's weight anew
+    at each call, which costs a 1x1 conv as much time as its arithmetic. The packed copy is made at the first call
+    without gradients and renewed when the parameters change; wherever it does not apply (gradients, export, other
+    devices and dtypes), this is an ordinary conv and activation.
     """
 
     _packed: tuple[tuple | None, Any, Any] = (None, None, None)  # state, weights, the parameters' memory
@@ -86,12 +84,12 @@ class ServingConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.runs_op(x):
-            geometry, clamp = (self.stride, self.padding, self.dilation), CLAMPS[self.activation]
+            geometry = self.stride, self.padding, self.dilation
             if self.groups > 1:
-                return ops.depthwise_conv2d(x, *self.packed(self.pack_depthwise), *geometry, *clamp)
+                return ops.depthwise_conv2d(x, *self.packed(self.pack_depthwise), *geometry, self.activation)
             winograd = self.is_for_winograd(x)
             weight, bias = self.packed(self.pack, winograd)
-            return ops.conv2d(x, weight, bias, self.out_channels, *geometry, *clamp, winograd)
+            return ops.conv2d(x, weight, bias, self.out_channels, *geometry, self.activation, winograd)
         name, numbers, function = ACTIVATIONS[self.activation]
         if not (ONEDNN and self.is_plain(x)):
             return function(super().forward(x))
@@ -103,7 +101,7 @@ class ServingConv2d(nn.Conv2d):
     def runs_op(self, x: Tensor) -> bool:
         """Whether the call is one for mfp's op."""
         is_depthwise = self.groups == self.in_channels == self.out_channels
-        if not (self.groups == 1 or is_depthwise) or self.activation not in CLAMPS or not self.is_plain(x):
+        if not (self.groups == 1 or is_depthwise) or not self.is_plain(x):
             return False
         return backends.choose(x.device).name == "cpu"
 
@@ -162,6 +160,33 @@ def version_of(tensor: Tensor | None) -> tuple:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.shape
 
 
+class ServingNorm2d(nn.Module):
+    """A trained BatchNorm that no conv takes in, the concatenation that it alone reads, and its activation, in one.
+
+    ``scale`` and ``shift`` ``[C]`` are what its statistics and parameters come to.
+    """
+
+    def __init__(self, scale: Tensor, shift: Tensor, activation: str = "none") -> None:
+        super().__init__()
+        self.scale, self.shift, self.activation = nn.Parameter(scale), nn.Parameter(shift), activation
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if self.runs_op(inputs):
+            return ops.batch_norm(inputs, self.scale, self.shift, self.activation)
+        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
+        x = x * per_channel(self.scale, 1, x.dim()) + per_channel(self.shift, 1, x.dim())
+        return ACTIVATIONS[self.activation][2](x)
+
+    def runs_op(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether the call is one for mfp's op."""
+        if not only_runs() or self.scale.dtype != torch.float32:
+            return False
+        if not all(x.dim() == 4 and x.is_cpu and x.dtype == torch.float32 for x in inputs):
+            return False
+        alike = len({(len(x), x.shape[2:]) for x in inputs}) == 1
+        return alike and backends.choose(inputs[0].device).name == "cpu"
+
+
 class ServingJoin2d(ServingConv2d):
     """A conv without groups and the FusedJoin that alone reads it, in one: its result is not written anywhere else."""
 
@@ -186,3 +211,6 @@ class ServingJoin2d(ServingConv2d):
         """Whether the conv's result has the residual's batch and image size: else torch broadcasts."""
         sizes = conv2d_sizes(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation)
         return len(residual) == len(x) and list(residual.shape[2:]) == sizes
+
+
+SERVING_MODULES = (FusedJoin, ServingConv2d, ServingJoin2d, ServingNorm2d)

@@ -1,4 +1,5 @@
-"""Makes the serving form: channels_last weights, joins fused with their ReLU, memory reused where that is safe."""
+"""Makes the serving form: channels_last weights, what can be one pass over memory fused, memory reused where that is
+safe."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from mfp.capture import aliased_arguments, eval_mode
 from mfp.modules import ResidualJoin
-from mfp.serving.fold import fold_batchnorm
-from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d
+from mfp.serving.fold import fold_batchnorm, scale_and_shift
+from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d, ServingNorm2d
 from mfp.serving.network import ServingNetwork
 
 aten = torch.ops.aten
@@ -37,6 +38,7 @@ def prepare_for_serving(small: fx.GraphModule, arguments: dict[str, Any]) -> Ser
         inputs = [arguments[node.target] for node in small.graph.nodes if node.op == "placeholder"]
         ShapeProp(small).propagate(*inputs)
         fuse_joins(small)
+        fuse_norms(small)
         pack_convs(small)
         join_in_convs(small)
         reuse_memory(small)
@@ -99,6 +101,37 @@ def activation_behind(node: fx.Node) -> tuple[fx.Node, str] | None:
         return user, "relu6"
     name = FUSED_ACTIVATIONS.get(packet(user))
     return None if name is None else (user, name)
+
+
+def fuse_norms(small: fx.GraphModule) -> None:
+    """BatchNorms that no conv has taken in become ServingNorm2d, with the concatenation before them and the activation
+    behind them where those have no other reader or source."""
+    modules = dict(small.named_modules())
+    calls = Counter(node.target for node in small.graph.nodes if node.op == "call_module")
+    for node in list(small.graph.nodes):
+        norm = modules[node.target] if node.op == "call_module" else None
+        if type(norm) is not nn.BatchNorm2d or norm.running_mean is None or calls[node.target] > 1:
+            continue
+        source, found = node.args[0], activation_behind(node)
+        inputs = source.args[0] if concatenates_channels(source) and len(source.users) == 1 else [source]
+        last, activation = (node, "none") if found is None else found
+        scale, shift = (vector.to(norm.running_mean.dtype) for vector in scale_and_shift(norm))
+        replace_module(small, node.target, ServingNorm2d(scale, shift, activation).train(norm.training))
+        with small.graph.inserting_before(node):
+            new = small.graph.call_module(node.target, tuple(inputs))
+        new.meta.update(last.meta)
+        last.replace_all_uses_with(new)
+        for old in dict.fromkeys([last, node]):
+            small.graph.erase_node(old)
+        if not source.users:
+            small.graph.erase_node(source)
+
+
+def concatenates_channels(node: fx.Node) -> bool:
+    """Whether the node is a concatenation of images along their channels."""
+    if node.target is not aten.cat.default or node.kwargs or node.args[1:] not in ((1,), (-3,)):
+        return False
+    return all(len(shape(part) or ()) == 4 for part in node.args[0])
 
 
 def pack_convs(small: fx.GraphModule) -> None:

@@ -57,7 +57,6 @@ static void check_conv(Conv conv, std::mt19937& random) {
   const auto bias = small_integers(blocks * kBlock, random);
   const std::vector<float> zeros(conv.channels);
   conv.input = input.data(), conv.weights = weights.data(), conv.bias = bias.data(), conv.zeros = zeros.data();
-  conv.low = -INFINITY, conv.high = INFINITY;
   std::vector<double> expected;
   for (int64_t pixel = 0; pixel < conv.pixels(); ++pixel) {
     const int64_t column = pixel % conv.out_size[1], row = pixel / conv.out_size[1] % conv.out_size[0];
@@ -170,7 +169,7 @@ static void check_depthwise(Conv conv, std::mt19937& random) {
   const auto input = small_integers(conv.batch * conv.size[0] * conv.size[1] * conv.channels, random);
   const auto weights = small_integers(conv.taps() * width, random), bias = small_integers(width, random);
   conv.input = input.data(), conv.weights = weights.data(), conv.bias = bias.data();
-  conv.filters = conv.channels, conv.low = -3, conv.high = 20;
+  conv.filters = conv.channels, conv.activation.low = -3, conv.activation.high = 20;
   for (Isa isa : levels()) {
     std::vector<float> output(conv.pixels() * conv.channels);
     conv.output = output.data();

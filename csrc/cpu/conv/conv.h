@@ -1,4 +1,5 @@
-// A 2d convolution with channels innermost, in one pass with what follows it: a clamp, or a join into a residual.
+// A 2d convolution with channels innermost, in one pass with what follows it: an activation, or a join into a
+// residual.
 //
 // It is a matrix product without a matrix of patches: a tile of up to 8 output pixels by 48 filters stays in registers,
 // and for each tap of the kernel the pixels' input rows are found by pointer. Pixels near the border are put into tiles
@@ -9,6 +10,7 @@
 
 #include <cstdint>
 
+#include "cpu/activation.h"
 #include "cpu/isa.h"
 
 namespace mfp::cpu {
@@ -26,8 +28,8 @@ struct Conv {
   int64_t batch, channels, filters;
   int64_t size[2], out_size[2];  // height, width
   int64_t kernel[2], stride[2], padding[2], dilation[2];
-  float low, high;  // the output is clamped between them
-  bool winograd;    // the weights are those of Winograd's F(4x4, 3x3): 6 by 6 of them, for a 3x3 kernel of stride 1
+  Activation activation;
+  bool winograd;  // the weights are those of Winograd's F(4x4, 3x3): 6 by 6 of them, for a 3x3 kernel of stride 1
 
   // residual[:, index] += the convolution's result, then ReLU if asked; unused where landing is null.
   const uint16_t* landing;  // a bit per residual channel: whether the next filter lands there; and one word more

@@ -122,7 +122,7 @@ void conv_task(const Conv& shared, const PixelOrder& order, const ConvTasks& tas
   alignas(64) float sums[kTilePixels][kTileVectors * kLanes + kLanes];  // joins read one vector too far
   float* out[kTilePixels];
   Tile tile = {};
-  tile.runs = runs.data(), tile.places = places.data(), tile.out = out, tile.low = conv.low, tile.high = conv.high;
+  tile.runs = runs.data(), tile.places = places.data(), tile.out = out, tile.activation = conv.activation;
   tile.block = conv.taps() * conv.channels * kBlock;
 
   const auto compute = [&](int64_t number, const Strip& strip) {

@@ -1,18 +1,17 @@
 // conv2d, conv2d_join_ and depthwise_conv2d on CPU tensors. The schemas are in mfp/schemas.py.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <ATen/ops/empty.h>
 
 #include <array>
-#include <atomic>
-#include <limits>
+#include <string>
 #include <vector>
 
 #include "cpu/conv/conv.h"
 #include "cpu/conv/pixel_order.h"
 #include "cpu/join/landing.h"
+#include "cpu/tasks.h"
 
 namespace mfp::cpu {
 namespace {
@@ -29,7 +28,6 @@ Conv describe(const char* op, const at::Tensor& input, const at::Tensor& weights
                 " on ", tensor.device(), "; expected float32 on the CPU");
   }
   Conv conv = {};
-  conv.low = -std::numeric_limits<float>::infinity(), conv.high = std::numeric_limits<float>::infinity();
   conv.weights = weights.const_data_ptr<float>(), conv.bias = bias.const_data_ptr<float>();
   conv.batch = input.size(0), conv.channels = input.size(1);
   TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
@@ -68,27 +66,6 @@ Conv describe_full(const char* op, const at::Tensor& input, const at::Tensor& we
   return conv;
 }
 
-struct alignas(64) Stretch {
-  std::atomic<int64_t> next;
-  int64_t end;
-};
-
-// Calls task(number) for all numbers below count. Each thread does its own stretch of them, whose data the layer before
-// has left in its caches, and then what is left of the others'. Results do not depend on who computes.
-template <class Task>
-void run_tasks(int64_t count, int threads, Task task) {
-  std::vector<Stretch> stretches(threads);
-  for (int i = 0; i < threads; ++i) {
-    stretches[i].next = count * i / threads, stretches[i].end = count * (i + 1) / threads;
-  }
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end + threads - 1; ++i) {
-      Stretch& stretch = stretches[i % threads];
-      for (int64_t number; (number = stretch.next++) < stretch.end;) task(number);
-    }
-  });
-}
-
 #define MFP_OF_ISA(isa, name) (isa == Isa::avx512 ? avx512::name : isa == Isa::avx2 ? avx2::name : portable::name)
 
 void run(Conv conv) {
@@ -114,17 +91,17 @@ at::Tensor empty_output(const Conv& conv, const at::Tensor& input) {
 }
 
 at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, int64_t filters,
-                  Sizes stride, Sizes padding, Sizes dilation, double low, double high, bool winograd) {
+                  Sizes stride, Sizes padding, Sizes dilation, const std::string& activation, bool winograd) {
   Conv conv = describe_full("conv2d", input, weights, bias, filters, stride, padding, dilation, winograd);
   const at::Tensor rows = input.contiguous(at::MemoryFormat::ChannelsLast), output = empty_output(conv, input);
   conv.input = rows.const_data_ptr<float>(), conv.output = output.mutable_data_ptr<float>();
-  conv.low = static_cast<float>(low), conv.high = static_cast<float>(high);
+  conv.activation = activation_of(activation);
   run(conv);
   return output;
 }
 
 at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, Sizes stride,
-                            Sizes padding, Sizes dilation, double low, double high) {
+                            Sizes padding, Sizes dilation, const std::string& activation) {
   TORCH_CHECK(input.dim() == 4 && weights.dim() == 3 && weights.is_contiguous() &&
                   weights.size(2) == (input.size(1) + kBlock - 1) / kBlock * kBlock,
               "depthwise_conv2d: input is ", input.sizes(), ", weights ", weights.sizes(),
@@ -133,7 +110,7 @@ at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weights, 
               bias.sizes(), "; expected [", weights.size(2), "]");
   Conv conv =
       describe("depthwise_conv2d", input, weights, bias, weights.sizes().slice(0, 2), stride, padding, dilation);
-  conv.filters = conv.channels, conv.low = static_cast<float>(low), conv.high = static_cast<float>(high);
+  conv.filters = conv.channels, conv.activation = activation_of(activation);
   const at::Tensor rows = input.contiguous(at::MemoryFormat::ChannelsLast), output = empty_output(conv, input);
   conv.input = rows.const_data_ptr<float>(), conv.output = output.mutable_data_ptr<float>();
   if (conv.pixels() == 0 || conv.channels == 0) return output;

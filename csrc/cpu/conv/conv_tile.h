@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/activate.h"
 #include "cpu/conv/conv.h"
 #include "cpu/join/join_row.h"
 
@@ -38,7 +39,7 @@ struct Tile {
   const float* weights;  // of the first vector
   int64_t block;         // from one block of 16 filters to the next
   const float* bias;
-  float low, high;
+  Activation activation;
   float* const* out;  // [pixels]
 };
 
@@ -50,30 +51,6 @@ inline HalfWide lower_half(Vec v) {
   HalfWide half;
   std::memcpy(&half, &v, sizeof half);
   return half;
-}
-
-// The first `count` numbers of a vector, then zeros; nothing beyond them is touched.
-#if MFP_LANES == 16 && defined(__x86_64__)
-inline __mmask16 some(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
-inline Vec load_some(const float* p, int64_t count) { return (Vec)_mm512_maskz_loadu_ps(some(count), p); }
-inline void store_some(float* p, Vec v, int64_t count) { _mm512_mask_storeu_ps(p, some(count), (__m512)v); }
-#else
-inline Vec load_some(const float* p, int64_t count) {
-  if (count == kLanes) return load(p);
-  Vec v = {};
-  std::memcpy(&v, p, count * sizeof(float));
-  return v;
-}
-inline void store_some(float* p, Vec v, int64_t count) {
-  if (count == kLanes) return store(p, v);
-  std::memcpy(p, &v, count * sizeof(float));
-}
-#endif
-
-template <class V>
-inline V clamp_to(V v, V low, V high) {  // NaN stays NaN
-  v = low > v ? low : v;
-  return v > high ? high : v;
 }
 
 // kHalf: half a vector more, for filters that do not fill another one.
@@ -110,7 +87,22 @@ void sum_tile(const Tile& tile) {
       }
     }
   }
-  const Vec low = broadcast(tile.low), high = broadcast(tile.high);
+  if (tile.activation.curve != Curve::none) {
+    constexpr int kRow = kVectors + kHalf;
+    Vec bent[kPixels * kRow] = {};
+#pragma GCC unroll 8
+    for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) bent[p * kRow + v] = sums[p][v];
+      if constexpr (kHalf) std::memcpy(bent + p * kRow + kVectors, halves + p, sizeof halves[p]);
+    }
+    bend(reinterpret_cast<float*>(bent), kPixels * kRow * kLanes, tile.activation.curve);
+    for (int p = 0; p < kPixels; ++p) {
+      std::memcpy(tile.out[p], bent + p * kRow, (kVectors * kLanes + (kHalf ? kLanes / 2 : 0)) * sizeof(float));
+    }
+    return;
+  }
+  const Vec low = broadcast(tile.activation.low), high = broadcast(tile.activation.high);
 #pragma GCC unroll 8
   for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 8

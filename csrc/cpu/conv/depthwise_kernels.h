@@ -1,4 +1,4 @@
-// A 2d convolution of each channel with a kernel of its own, channels innermost, then a clamp; compiled once per
+// A 2d convolution of each channel with a kernel of its own, channels innermost, then an activation; compiled once per
 // instruction set (vector.h). Each output is summed tap by tap, whatever the batch and the number of threads.
 #include "cpu/conv/conv_tile.h"
 
@@ -70,7 +70,7 @@ template <int kPixels, int kColumns, int kStride, bool kInside>
 void sum_group(const Conv& conv, const Group& group) {
   const int64_t width = (conv.channels + kBlock - 1) / kBlock * kBlock;
   const int64_t count = std::min<int64_t>(kLanes, conv.channels);
-  const Vec low = broadcast(conv.low), high = broadcast(conv.high);
+  const Vec low = broadcast(conv.activation.low), high = broadcast(conv.activation.high);
   for (int64_t next = 0; next < conv.channels; next += kLanes) {
     const int64_t c = std::min(next, conv.channels - count);
     Vec sums[kPixels];
@@ -130,6 +130,7 @@ void depthwise_rows(const Conv& shared, int64_t first, int64_t last) {
                            -x, conv.size[1] - x};
       const bool inside = group.first <= 0 && group.last >= columns;
       sum_group_of(conv, static_cast<int>(pixels), inside, std::make_integer_sequence<int, kRowPixels>())(conv, group);
+      if (conv.activation.curve != Curve::none) bend(group.output, pixels * conv.channels, conv.activation.curve);
     }
   }
 }

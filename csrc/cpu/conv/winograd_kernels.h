@@ -105,7 +105,7 @@ void transform_patches(const Conv& conv, const OutTiles& tiles, int64_t first, i
 
 // sums: [place][tile][width]; rows: [pixel of the tile][width and a vector more].
 void transform_sums(const Conv& conv, const float* sums, int64_t step, const float* bias, int64_t width, float* rows) {
-  const Vec low = broadcast(conv.low), high = broadcast(conv.high);
+  const Vec low = broadcast(conv.activation.low), high = broadcast(conv.activation.high);
   for (int64_t f = 0; f < width; f += kLanes) {
     Vec half[kWinogradOut][kPatch], m[kPatch], out[kWinogradOut];
     for (int j = 0; j < kPatch; ++j) {
@@ -155,8 +155,7 @@ void winograd_task(const Conv& shared, const ConvTasks& tasks, int64_t task) {
   const Place place = {0};
   Run runs[kTilePixels];
   float* out[kTilePixels];
-  Tile tile = {runs, &place, 1, conv.channels, nullptr, kPlaces * conv.channels * kBlock, no_bias, 0, 0, out};
-  tile.low = -INFINITY, tile.high = INFINITY;
+  Tile tile = {runs, &place, 1, conv.channels, nullptr, kPlaces * conv.channels * kBlock, no_bias, {}, out};
   const int64_t groups = (count + kTilePixels - 1) / kTilePixels;
   for (int64_t p = 0; p < kPlaces; ++p) {
     for (int64_t s = first_strip; s < last_strip; ++s) {
@@ -180,8 +179,9 @@ void winograd_task(const Conv& shared, const ConvTasks& tasks, int64_t task) {
     for (int64_t i = 0; i < std::min<int64_t>(kWinogradOut, conv.out_size[0] - at.row); ++i) {
       for (int64_t j = 0; j < std::min<int64_t>(kWinogradOut, conv.out_size[1] - at.column); ++j) {
         const int64_t pixel = (at.image * conv.out_size[0] + at.row + i) * conv.out_size[1] + at.column + j;
-        put_row(conv, pixel, rows + (i * kWinogradOut + j) * (width + kLanes), begin.first, filters, begin.out_first,
-                end.out_last);
+        float* row = rows + (i * kWinogradOut + j) * (width + kLanes);
+        if (conv.activation.curve != Curve::none) bend(row, filters, conv.activation.curve);
+        put_row(conv, pixel, row, begin.first, filters, begin.out_first, end.out_last);
       }
     }
   }
