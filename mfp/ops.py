@@ -341,3 +341,26 @@ def batch_norm(inputs: Sequence[Tensor], scale: Tensor, shift: Tensor, activatio
         activation: as for :func:`conv2d`.
     """
     return torch.ops.mfp.batch_norm(inputs, scale, shift, activation)
+
+
+def squeeze_excite_(
+    input: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    activation: str = "relu",
+    hard: bool = False,
+) -> None:
+    """Multiplies every channel of an image by a gate, in place and without gradients.
+
+    The gates are ``sigmoid(expand(activation(reduce(means of the channels))))`` (Hu et al., arXiv 1709.01507).
+
+    Args:
+        input: float32 ``[B, C, H, W]``, channels_last; overwritten.
+        reduce_weight, reduce_bias: ``[R, C]``, ``[R]``.
+        expand_weight, expand_bias: ``[R, C]`` (the transpose of a linear layer's), ``[C]``.
+        activation: as for :func:`conv2d`.
+        hard: the gates are hard sigmoids.
+    """
+    torch.ops.mfp.squeeze_excite_(input, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, hard)

@@ -252,3 +252,18 @@ def batch_norm(inputs: Sequence[Tensor], scale: Tensor, shift: Tensor, activatio
     """The op ``mfp::batch_norm``."""
     out = torch.cat(list(inputs), 1) * scale[:, None, None] + shift[:, None, None]
     return ACTIVATIONS[activation](out).contiguous(memory_format=torch.channels_last)
+
+
+def squeeze_excite_(
+    input: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    activation: str,
+    hard: bool,
+) -> None:
+    """The op ``mfp::squeeze_excite_``."""
+    hidden = ACTIVATIONS[activation](F.linear(input.mean((2, 3)), reduce_weight, reduce_bias))
+    gates = F.linear(hidden, expand_weight.T, expand_bias)
+    input.mul_((F.hardsigmoid(gates) if hard else gates.sigmoid())[:, :, None, None])

@@ -29,6 +29,8 @@ str activation) -> Tensor
 conv2d_join_(Tensor(a!) residual, Tensor input, Tensor weights, Tensor bias, Tensor index, int[] stride, \
 int[] padding, int[] dilation, bool relu, bool winograd=False) -> ()
 batch_norm(Tensor[] inputs, Tensor scale, Tensor shift, str activation) -> Tensor
+squeeze_excite_(Tensor(a!) input, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, Tensor expand_bias, \
+str activation, bool hard) -> ()
 """
 
 _library = torch.library.Library("mfp", "DEF")
@@ -77,6 +79,7 @@ def _(inputs, scale, shift, activation):
 
 
 @torch.library.register_fake("mfp::conv2d_join_", lib=_library)
+@torch.library.register_fake("mfp::squeeze_excite_", lib=_library)
 @torch.library.register_fake("mfp::scatter_add_", lib=_library)
 @torch.library.register_fake("mfp::masked_sgd_", lib=_library)
 @torch.library.register_fake("mfp::masked_adamw_", lib=_library)

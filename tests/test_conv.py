@@ -218,6 +218,53 @@ def test_wrong_arguments_of_batch_norm_are_refused(change, message):
         torch.ops.mfp.batch_norm(**{**given, **change})
 
 
+@pytest.mark.parametrize(("activation", "hard"), [("silu", False), ("relu", True)])
+@pytest.mark.parametrize(("shape", "hidden"), [
+    ((1, 5, 3, 4), 3), ((2, 70, 11, 13), 9), ((5, 16, 1, 1), 16), ((4, 33, 8, 8), 1), ((1, 129, 9, 7), 33),
+])  # fmt: skip
+def test_squeeze_excite(isa, shape, hidden, activation, hard):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).contiguous(memory_format=CL)
+    layers = [
+        torch.randn(size, generator=generator) for size in ((hidden, shape[1]), hidden, (hidden, shape[1]), shape[1])
+    ]
+    right, actual = x.double(), x.clone()
+    reference.squeeze_excite_(right, *(layer.double() for layer in layers), activation, hard)
+    ops.squeeze_excite_(actual, *layers, activation, hard)
+    assert (actual - right).abs().max() < 2e-6 * right.abs().max()
+    for image in range(len(x)):  # alone an image is cut into parts for the threads
+        alone = x[image : image + 1].clone()
+        ops.squeeze_excite_(alone, *layers, activation, hard)
+        assert torch.equal(alone, actual[image : image + 1])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            again = x.clone()
+            ops.squeeze_excite_(again, *layers, activation, hard)
+            assert torch.equal(again, actual)
+    finally:
+        torch.set_num_threads(before)
+    ops.squeeze_excite_(x[:0], *layers, activation, hard)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"input": torch.zeros(1, 4, 3, 3)}, "expected channels_last"),
+    ({"input": torch.zeros(1, 4, 3)}, "input is"),
+    ({"reduce_weight": torch.ones(2, 5)}, "reduce_weight is"),
+    ({"reduce_bias": torch.ones(3)}, "reduce_weight is"),
+    ({"expand_weight": torch.ones(4, 2).T}, "expand_weight is"),
+    ({"expand_bias": torch.ones(4).double()}, "expand_bias is"),
+])  # fmt: skip
+def test_wrong_arguments_of_squeeze_excite_are_refused(change, message):
+    given = {
+        "input": torch.zeros(1, 4, 3, 3).contiguous(memory_format=CL), "reduce_weight": torch.ones(2, 4),
+        "reduce_bias": torch.ones(2), "expand_weight": torch.ones(2, 4), "expand_bias": torch.ones(4),
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match=message):
+        ops.squeeze_excite_(**{**given, **change})
+
+
 def call_batch_norm(x, weight, bias):
     return ops.batch_norm(
         [x[:, :33], x[:, 33:]], weight[: x.shape[1], 0, 0, 0].contiguous(), bias[: x.shape[1]], "silu"
@@ -371,4 +418,6 @@ def test_opcheck():
     six = pack_conv2d(torch.ones(20, 3, 6, 6), None)
     torch.library.opcheck(torch.ops.mfp.conv2d.default, (x, *six, 20, (1, 1), (1, 0), (1, 1), "silu", True))
     packed = pack_depthwise_conv2d(torch.ones(3, 1, 3, 2), torch.ones(3))
+    layers = torch.ones(2, 25), torch.ones(2), torch.ones(2, 25), torch.ones(25)
+    torch.library.opcheck(torch.ops.mfp.squeeze_excite_.default, (residual, *layers, "silu", False))
     torch.library.opcheck(torch.ops.mfp.depthwise_conv2d.default, (x, *packed, *geometry, "relu6"))

@@ -12,7 +12,7 @@ from torch import nn
 
 import mfp
 from mfp import ops
-from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d, ServingNorm2d
+from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d, ServingNorm2d, ServingSqueezeExcite
 
 
 def served(model: nn.Module, x: torch.Tensor) -> nn.Module:
@@ -203,6 +203,54 @@ def test_norms_without_the_op(gradient):
     serving = mfp.compact(model, images(), fold_bn=True).double()
     with torch.set_grad_enabled(gradient):
         assert difference(model.double()(images().double()), serving(images().double())) < 1e-6
+
+
+class Gated(nn.Module):
+    """A conv whose result is gated, as in squeeze-excite."""
+
+    def __init__(self, function, padding=0, gates=24):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.c = nn.Conv2d(6, 24, 3, padding=1), nn.Conv2d(24, 24, 1)
+        self.reduce = nn.Conv2d(24, 5, 1, bias=False)
+        self.expand = nn.Conv2d(5, gates, 1, padding=padding)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def mean(x):
+    return x.mean((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("function", [
+    lambda net, x: (lambda y: y * net.expand(F.silu(net.reduce(F.adaptive_avg_pool2d(y, 1)))).sigmoid())(net.a(x)),
+    lambda net, x: (lambda y: F.hardsigmoid(net.expand(F.relu(net.reduce(mean(y))))) * y)(net.a(x)),
+    lambda net, x: (lambda y: net.c(y + y * net.expand(net.reduce(mean(y))).sigmoid()))(net.a(x)),  # y is read later
+])  # fmt: skip
+def test_squeeze_excite_is_one_op(function):
+    model = Gated(function)
+    serving = served(model, images())
+    found = [module for module in serving.modules() if isinstance(module, ServingSqueezeExcite)]
+    assert len(found) == 1
+    assert found[0].inplace == ("add" not in str(serving.graph))
+    assert mfp.flops(serving, images()) == mfp.flops(model, images())
+    with torch.enable_grad():  # by torch's own operators
+        assert difference(model(images()), serving(images())) < 1e-5
+
+
+@pytest.mark.parametrize(("function", "settings"), [
+    (lambda net, x: (lambda y: y * net.expand(net.reduce(mean(y))).sigmoid())(net.a(x)), {"gates": 1}),  # one for all
+    (lambda net, x: (lambda y: y[..., :3, :3] * net.expand(net.reduce(mean(y))).sigmoid())(net.a(x)), {"padding": 1}),
+    (lambda net, x: (lambda y: y * net.expand(net.reduce(mean(net.c(y)))).sigmoid())(net.a(x)), {}),  # means of others
+    (lambda net, x: (lambda y: y * net.expand(net.reduce(y.amax((2, 3), keepdim=True))).sigmoid())(net.a(x)), {}),
+    (lambda net, x: (lambda y, m: y * net.expand(net.reduce(m)).sigmoid() + m)(net.a(x), mean(net.a(x))), {}),
+    (lambda net, x: (lambda y: y * net.expand(net.reduce(mean(y))).tanh())(net.a(x)), {}),
+])  # fmt: skip
+def test_what_only_looks_like_squeeze_excite(function, settings):
+    serving = served(Gated(function, **settings), images())
+    assert not any(isinstance(module, ServingSqueezeExcite) for module in serving.modules())
 
 
 def test_the_networks_input_is_not_overwritten():

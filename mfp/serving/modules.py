@@ -171,20 +171,48 @@ class ServingNorm2d(nn.Module):
         self.scale, self.shift, self.activation = nn.Parameter(scale), nn.Parameter(shift), activation
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        if self.runs_op(inputs):
+        if runs_op(inputs, self.scale):
             return ops.batch_norm(inputs, self.scale, self.shift, self.activation)
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
         x = x * per_channel(self.scale, 1, x.dim()) + per_channel(self.shift, 1, x.dim())
         return ACTIVATIONS[self.activation][2](x)
 
-    def runs_op(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether the call is one for mfp's op."""
-        if not only_runs() or self.scale.dtype != torch.float32:
-            return False
-        if not all(x.dim() == 4 and x.is_cpu and x.dtype == torch.float32 for x in inputs):
-            return False
-        alike = len({(len(x), x.shape[2:]) for x in inputs}) == 1
-        return alike and backends.choose(inputs[0].device).name == "cpu"
+
+class ServingSqueezeExcite(nn.Module):
+    """Squeeze-and-excitation in one: means of the channels, two small layers, and the product.
+
+    Both weights are ``[R, C]``: the second one is the transpose of a linear layer's.
+    """
+
+    def __init__(
+        self, reduce_weight: Tensor, reduce_bias: Tensor, expand_weight: Tensor, expand_bias: Tensor, activation: str,
+        hard: bool, inplace: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.reduce_weight, self.reduce_bias = nn.Parameter(reduce_weight), nn.Parameter(reduce_bias)
+        self.expand_weight, self.expand_bias = nn.Parameter(expand_weight), nn.Parameter(expand_bias)
+        self.activation, self.hard, self.inplace = activation, hard, inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters = self.reduce_weight, self.reduce_bias, self.expand_weight, self.expand_bias
+        if runs_op((x,), self.reduce_weight):
+            if not (self.inplace and x.is_contiguous(memory_format=torch.channels_last)):
+                x = x.clone(memory_format=torch.channels_last)
+            ops.squeeze_excite_(x, *parameters, self.activation, self.hard)
+            return x
+        hidden = F.conv2d(x.mean((2, 3), keepdim=True), self.reduce_weight[:, :, None, None], self.reduce_bias)
+        hidden = ACTIVATIONS[self.activation][2](hidden)
+        gates = F.conv2d(hidden, self.expand_weight.T[:, :, None, None], self.expand_bias)
+        return x * (F.hardsigmoid(gates) if self.hard else gates.sigmoid())
+
+
+def runs_op(inputs: Sequence[Tensor], parameter: Tensor) -> bool:
+    """Whether the call is one for mfp's ops: images in float32 on a CPU, and nothing but a result is asked."""
+    if not only_runs() or parameter.dtype != torch.float32:
+        return False
+    if not all(x.dim() == 4 and x.is_cpu and x.dtype == torch.float32 for x in inputs):
+        return False
+    return backends.choose(inputs[0].device).name == "cpu"
 
 
 class ServingJoin2d(ServingConv2d):
@@ -213,4 +241,4 @@ class ServingJoin2d(ServingConv2d):
         return len(residual) == len(x) and list(residual.shape[2:]) == sizes
 
 
-SERVING_MODULES = (FusedJoin, ServingConv2d, ServingJoin2d, ServingNorm2d)
+SERVING_MODULES = (FusedJoin, ServingConv2d, ServingJoin2d, ServingNorm2d, ServingSqueezeExcite)

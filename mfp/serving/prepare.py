@@ -13,13 +13,14 @@ from torch.fx.passes.shape_prop import ShapeProp
 from mfp.capture import aliased_arguments, eval_mode
 from mfp.modules import ResidualJoin
 from mfp.serving.fold import fold_batchnorm, scale_and_shift
-from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d, ServingNorm2d
+from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d, ServingNorm2d, ServingSqueezeExcite
 from mfp.serving.network import ServingNetwork
 
 aten = torch.ops.aten
 
 SERVING_BYTES = 16  # rows of channels should start at a multiple: 4 floats, 8 half floats as tensor cores take them
 FUSED_ACTIVATIONS = {aten.relu: "relu", aten.relu6: "relu6", aten.hardswish: "hardswish", aten.silu: "silu"}
+GATES = {aten.sigmoid: False, aten.hardsigmoid: True}  # whether they are hard
 IN_PLACE = {
     aten.relu: aten.relu_, aten.relu6: aten.relu6_, aten.hardtanh: aten.hardtanh_, aten.hardswish: aten.hardswish_,
     aten.silu: aten.silu_, aten.leaky_relu: aten.leaky_relu_, aten.elu: aten.elu_,
@@ -40,6 +41,7 @@ def prepare_for_serving(small: fx.GraphModule, arguments: dict[str, Any]) -> Ser
         fuse_joins(small)
         fuse_norms(small)
         pack_convs(small)
+        fuse_squeeze_excites(small)
         join_in_convs(small)
         reuse_memory(small)
     small.graph.lint()
@@ -160,6 +162,53 @@ def with_parameters_of(conv: nn.Conv2d, kind: type[ServingConv2d], **settings) -
     return new.train(conv.training)
 
 
+def fuse_squeeze_excites(small: fx.GraphModule) -> None:
+    """A product with gates that come from the means of what they multiply becomes a ServingSqueezeExcite."""
+    modules = dict(small.named_modules())
+    calls = Counter(node.target for node in small.graph.nodes if node.op == "call_module")
+
+    def small_conv(node: fx.Node) -> ServingConv2d | None:
+        conv = modules[node.target] if node.op == "call_module" and len(node.users) == 1 else None
+        alone = type(conv) is ServingConv2d and calls[node.target] == 1
+        return conv if alone and (conv.kernel_size, conv.stride, conv.groups) == ((1, 1), (1, 1), 1) else None
+
+    for node in list(small.graph.nodes):
+        if node.target is not aten.mul.Tensor or node.kwargs or shape(node) is None or len(shape(node)) != 4:
+            continue
+        for x, gates in (node.args, node.args[::-1]):
+            if not isinstance(gates, fx.Node) or packet(gates) not in GATES or len(gates.users) > 1:
+                continue
+            expand = small_conv(gates.args[0])
+            reduce = None if expand is None else small_conv(gates.args[0].args[0])
+            pool = None if reduce is None else gates.args[0].args[0].args[0]
+            if pool is None or expand.activation != "none" or not is_mean_of(pool, x) or len(pool.users) > 1:
+                continue
+            if tuple(shape(gates)[1:]) != (shape(x)[1], 1, 1):  # padded, or one gate for all channels
+                continue
+            name = free_name(small, f"{node.name}_fused")
+            biases = [torch.zeros_like(c.weight[:, 0, 0, 0]) if c.bias is None else c.bias for c in (reduce, expand)]
+            small.add_submodule(name, ServingSqueezeExcite(
+                reduce.weight[:, :, 0, 0].contiguous(), biases[0], expand.weight[:, :, 0, 0].T.contiguous(), biases[1],
+                reduce.activation, GATES[packet(gates)],
+            ).train(reduce.training))  # fmt: skip
+            with small.graph.inserting_before(node):
+                new = small.graph.call_module(name, (x,))
+            new.meta.update(node.meta)
+            node.replace_all_uses_with(new)
+            for old in (node, gates, gates.args[0], gates.args[0].args[0], pool):
+                small.graph.erase_node(old)
+            break
+
+
+def is_mean_of(node: fx.Node, x: fx.Node) -> bool:
+    """Whether the node is the mean of each channel of the images ``x``, as an image of one pixel."""
+    if not node.args or node.kwargs or node.args[0] is not x or shape(x) is None or shape(x)[:2] != shape(node)[:2]:
+        return False
+    if packet(node) is aten.adaptive_avg_pool2d:
+        return tuple(shape(node)[2:]) == (1, 1) == tuple(node.args[1])
+    return packet(node) is aten.mean and {dim % 4 for dim in node.args[1]} == {2, 3} and node.args[2:3] == (True,)
+
+
 def join_in_convs(small: fx.GraphModule) -> None:
     """A FusedJoin and the conv whose result it alone reads become a ServingJoin2d."""
     modules = dict(small.named_modules())
@@ -210,7 +259,7 @@ def reuse_memory(small: fx.GraphModule) -> None:
         whole = isinstance(module, FusedJoin) and len(module.index) == shape(node)[1]
         if whole and not is_free_after(node, node.args[0], small.graph, modules):
             node.args = node.args[::-1]  # a sum of two whole tensors: either may be overwritten
-        if isinstance(module, FusedJoin | ServingJoin2d):
+        if isinstance(module, FusedJoin | ServingJoin2d | ServingSqueezeExcite):
             module.inplace = is_free_after(node, node.args[0], small.graph, modules)
         elif packet(node) in IN_PLACE and is_free_after(node, node.args[0], small.graph, modules):
             node.target = IN_PLACE[packet(node)].default
@@ -237,7 +286,12 @@ def alias_families(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.No
     for node in graph.nodes:
         family[node] = {node}
         if node.op == "call_module":
-            kept = (FusedJoin, ServingJoin2d, nn.modules.dropout._DropoutNd)  # may return their first input
+            kept = (
+                FusedJoin,
+                ServingJoin2d,
+                ServingSqueezeExcite,
+                nn.modules.dropout._DropoutNd,
+            )  # may return their first input
             sources = list(node.args[:1]) if isinstance(modules[node.target], kept) else []
         else:
             sources = aliased_arguments(node) if node.op == "call_function" else []

@@ -102,3 +102,4 @@ void check_all_optimizers(std::mt19937& random);
 void check_all_joins(std::mt19937& random);
 void check_all_convs(std::mt19937& random);
 void check_all_norms(std::mt19937& random);
+void check_all_excites(std::mt19937& random);

@@ -9,6 +9,7 @@ int main() {
   check_all_joins(random);
   check_all_convs(random);
   check_all_norms(random);
+  check_all_excites(random);
   if (failures == 0) std::printf("all instruction sets up to %s: right\n", isa_name(current_isa()));
   return failures != 0;
 }

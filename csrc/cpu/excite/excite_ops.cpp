@@ -1,0 +1,80 @@
+// squeeze_excite_ on CPU tensors. The schema is in mfp/schemas.py.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/excite/excite.h"
+#include "cpu/tasks.h"
+
+namespace mfp::cpu {
+namespace {
+
+#define MFP_OF_ISA(isa, name) (isa == Isa::avx512 ? avx512::name : isa == Isa::avx2 ? avx2::name : portable::name)
+
+void run(const Excite& work) {
+  const Isa isa = current_isa();
+  const auto sum = MFP_OF_ISA(isa, excite_sums);
+  const auto gate = MFP_OF_ISA(isa, excite_gates);
+  const auto scale = MFP_OF_ISA(isa, excite_scale);
+  const int threads = at::get_num_threads();
+  const int64_t stretches = work.stretches(), room = stretches * work.channels + 2 * work.channels + work.hidden;
+  if (work.batch >= threads) {  // an image a task, which stays in that core's cache
+    return run_tasks(work.batch, threads, [&](int64_t image) {
+      std::vector<float> space(room);
+      float *gates = space.data() + stretches * work.channels, *more = gates + work.channels;
+      for (int64_t s = 0; s < stretches; ++s) sum(work, image, s, space.data() + s * work.channels);
+      gate(work, space.data(), more, gates);
+      for (int64_t s = 0; s < stretches; ++s) scale(work, image, s, gates);
+    });
+  }
+  std::vector<float> space(work.batch * room);
+  run_tasks(work.batch * stretches, threads, [&](int64_t task) {
+    const int64_t image = task / stretches, stretch = task % stretches;
+    sum(work, image, stretch, space.data() + image * room + stretch * work.channels);
+  });
+  for (int64_t image = 0; image < work.batch; ++image) {
+    float* gates = space.data() + image * room + stretches * work.channels;
+    gate(work, space.data() + image * room, gates + work.channels, gates);
+  }
+  run_tasks(work.batch * stretches, threads, [&](int64_t task) {
+    const int64_t image = task / stretches;
+    scale(work, image, task % stretches, space.data() + image * room + stretches * work.channels);
+  });
+}
+
+void squeeze_excite_(const at::Tensor& input, const at::Tensor& reduce_weight, const at::Tensor& reduce_bias,
+                     const at::Tensor& expand_weight, const at::Tensor& expand_bias, const std::string& activation,
+                     bool hard) {
+  TORCH_CHECK(input.dim() == 4 && input.scalar_type() == at::kFloat && input.is_cpu() &&
+                  input.is_contiguous(at::MemoryFormat::ChannelsLast),
+              "squeeze_excite_: input is ", input.sizes(), " ", input.scalar_type(), " on ", input.device(),
+              " with strides ", input.strides(), "; expected channels_last float32 [B, C, H, W] on the CPU");
+  const int64_t channels = input.size(1), hidden = reduce_bias.numel();
+  const auto check = [](const char* name, const at::Tensor& tensor, std::vector<int64_t> sizes) {
+    TORCH_CHECK(
+        tensor.sizes().equals(sizes) && tensor.scalar_type() == at::kFloat && tensor.is_cpu() && tensor.is_contiguous(),
+        "squeeze_excite_: ", name, " is ", tensor.sizes(), " ", tensor.scalar_type(), " on ", tensor.device(),
+        "; expected contiguous float32 ", sizes, " on the CPU");
+    return tensor.const_data_ptr<float>();
+  };
+  Excite work = {};
+  work.reduce_weight = check("reduce_weight", reduce_weight, {hidden, channels});
+  work.reduce_bias = check("reduce_bias", reduce_bias, {hidden});
+  work.expand_weight = check("expand_weight", expand_weight, {hidden, channels});
+  work.expand_bias = check("expand_bias", expand_bias, {channels});
+  work.images = input.mutable_data_ptr<float>();
+  work.batch = input.size(0), work.pixels = input.size(2) * input.size(3);
+  work.channels = channels, work.hidden = hidden;
+  work.activation = activation_of(activation), work.hard = hard;
+  if (input.numel() == 0) return;
+  run(work);
+  if (!input.is_inference()) input.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mfp, CPU, m) { m.impl("squeeze_excite_", &squeeze_excite_); }
+
+}  // namespace mfp::cpu
