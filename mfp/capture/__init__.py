@@ -26,7 +26,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
 from mfp.capture.call_form import unlift
-from mfp.capture.fast_shapes import fast_shapes, whole_quotients, without_layouts
+from mfp.capture.fast_shapes import fast_shapes, without_layouts
 from mfp.capture.functional import DROPOUTS, aliased_arguments, decompose, inline_blocks, make_functional
 from mfp.capture.sizes import MULTIPLE, TooInvolved, holds_sizes, in_words, refuse_involved_sizes, size_rules
 from mfp.errors import CaptureError, MfpError
@@ -244,7 +244,7 @@ def _try_export(model: nn.Module, values: dict[str, Any], batch: int, kind: str)
     involved = kind in ("any", "multiples")
     hook = register_module_forward_pre_hook(partial(refuse_involved_sizes, kind)) if involved else None
     try:
-        with fast_shapes(), whole_quotients():
+        with fast_shapes():
             return torch.export.export(model, positional, named, dynamic_shapes=shapes, strict=False)
     finally:
         if hook is not None:

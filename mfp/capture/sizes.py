@@ -10,7 +10,9 @@ from torch import Tensor, fx
 
 MULTIPLE = 32  # networks halve their images five times
 MOST_EQUATIONS = 3  # that anyone reads
-MOST_OPERATIONS = 16  # in a size: (h - 1) // 32 + 1 has 4; more is not worth its algebra
+# In a size: (h - 1) // 32 + 1 has 4 operations; more is not worth its algebra. Multiples of 32 stay short by
+# themselves, but for "same" padding and for windows of attention.
+MOST_OPERATIONS = {"any": 16, "multiples": 48}
 
 
 def size_rules(fake: Any) -> list[list]:
@@ -98,6 +100,7 @@ def refuse_involved_sizes(kind: str, module: Any, inputs: tuple) -> None:
 
 
 def is_involved(size: Any, kind: str) -> bool:
-    if isinstance(size, int) or size.node.expr.count_ops() <= MOST_OPERATIONS:
+    if isinstance(size, int):
         return False
-    return kind == "any" or len(size.node.expr.free_symbols) > 1
+    operations = size.node.expr.count_ops()
+    return operations > MOST_OPERATIONS["any" if len(size.node.expr.free_symbols) > 1 else kind]
