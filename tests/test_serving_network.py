@@ -222,3 +222,27 @@ def test_wrong_numbers_of_inputs():
     tape.finish([])
     with pytest.raises(RuntimeError, match="a tape of 1 inputs was given 2"):
         tape.run([images(), images()])
+
+
+def test_named_arguments_are_replayed_too():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 24, 3)
+
+        def forward(self, a, b):
+            return F.relu(self.conv(a)) * b.mean()
+
+    x = {"a": images(), "b": images(seed=2)}
+    serving = mfp.compact(Two().eval(), x, fold_bn=True)
+    with torch.no_grad():
+        expected = serving.forward(**x)
+        assert not torch.equal(expected, serving.forward(x["b"], x["a"]))
+        for _ in range(3):
+            for result in (serving(**x), serving(b=x["b"], a=x["a"]), serving(x["a"], b=x["b"])):
+                assert torch.equal(result, expected)
+        assert tapes(serving) == 1
+        for wrong in ({"a": x["a"]}, {**x, "c": x["a"]}):
+            with pytest.raises(TypeError):
+                serving(**wrong)

@@ -33,6 +33,11 @@ FAST = {
 }
 #: Of tests/small_networks.py, where the real one takes long and no small one is in the zoo.
 SMALL = ("shufflenet", "regnet_y", "densenet")
+#: In serving form: norms before convs and behind concatenations, squeeze-excite, SiLU, groups, several outputs.
+SERVED = (
+    "timm: resnetv2_18", "timm: test_efficientnet", "timm: test_byobnet", "transformers: ResNet-basic",
+    "one-stage detector: C2f, distances, head per level",
+)  # fmt: skip
 #: BatchNorm is left as it is: pruned channels become constants that are not zero.
 UNMASKED = ("timm: test_resnet", "timm: test_efficientnet", "transformers: RegNet-x")
 
@@ -46,6 +51,13 @@ def test_exact_and_as_small_as_an_observer_sees(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_small_networks(name):
     check(measure(Entry(name, "small", NETWORKS[name])))
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_serving_form_read_recorded_and_replayed(name):
+    result = measure(ENTRIES[name], serving=True)
+    assert not result["failed"], result.get("traceback", result["failed"])
+    assert result["replayed"]
 
 
 @pytest.mark.parametrize("name", UNMASKED)

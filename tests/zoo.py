@@ -1,6 +1,7 @@
 """The networks that people prune, each measured: is the compact one exact, and as small as an observer says it can be?
 
     python tests/zoo.py [--only PATTERN] [--fast] [--jobs N] [--json FILE]
+    python tests/zoo.py --serving    # the serving forms, replayed and not, instead
 
 Every network is filled with random parameters, pruned at rate 0.3 by l2_norm and compacted. *Times live* is the
 multiply-adds of the compact network over those that tests/observer.py sees alive in the masked one: 1.00 is fully
@@ -38,6 +39,7 @@ from zoo_networks import ZOO, Entry
 
 import mfp
 from mfp.bench import results
+from mfp.serving.network import _tapes
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from figures import networks
@@ -167,15 +169,21 @@ def cast(arguments: Any, dtype: torch.dtype) -> Any:
     return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, arguments)
 
 
-def measure(entry: Entry, dtypes: Iterable[torch.dtype] = tuple(EXACT)) -> dict[str, Any]:
-    """Prunes and compacts one network; ``failed`` lists the bounds it misses, ``error`` what was raised."""
+def measure(entry: Entry, dtypes: Iterable[torch.dtype] = tuple(EXACT), serving: bool = False) -> dict[str, Any]:
+    """Prunes and compacts one network; ``failed`` lists the bounds it misses, ``error`` what was raised.
+
+    ``serving``: looks at its serving form instead.
+    """
     result: dict[str, Any] = {"name": entry.name, "family": entry.family, "failed": []}
     if entry.known:
         result["note"] = entry.known
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compare(entry, result, dtypes)
+            if serving:
+                replay(entry, result)
+            else:
+                compare(entry, result, dtypes)
     except (Exception, TooLong) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         first = (str(error).strip().splitlines() or [""])[0]
@@ -185,7 +193,8 @@ def measure(entry: Entry, dtypes: Iterable[torch.dtype] = tuple(EXACT)) -> dict[
     return result
 
 
-def compare(entry: Entry, result: dict[str, Any], dtypes: Iterable[torch.dtype]) -> None:
+def pruned(entry: Entry) -> tuple[nn.Module, nn.Module, Any]:
+    """The masked network, its part that is compacted, and an example for the network."""
     size = entry.size
     torch.manual_seed(0)
     model = entry.build().eval()
@@ -195,6 +204,29 @@ def compare(entry: Entry, result: dict[str, Any], dtypes: Iterable[torch.dtype])
     plan = mfp.FilterPlan.from_model(part, RATE, example_input=given(model, part, example))
     mfp.prune_filters_(plan, "l2_norm", mask_bn=entry.mask_bn)
     settle(model, lambda seed: entry.example(images(OBSERVED, size, size, seed)))
+    return model, part, example
+
+
+def replay(entry: Entry, result: dict[str, Any]) -> None:
+    """The serving form gives what the masked network gives, read node by node (once), recorded and replayed."""
+    model, part, example = pruned(entry)
+    serving = mfp.compact(part, given(model, part, example), fold_bn=True)
+    fresh = given(model, part, entry.example(images(3, entry.size, entry.size, 5)))
+    with torch.inference_mode():
+        expected = run(part, copy.copy(fresh))
+        found = [run(serving, copy.copy(fresh)) for _ in range(4)]
+    result["float32"] = difference(expected, found[0])
+    if not result["float32"] <= EXACT[torch.float32]:
+        result["failed"].append(f"differs by {result['float32']:.1e}")
+    for other in found[1:]:
+        if not all(torch.equal(a, b) for a, b in zip(tree_leaves(found[0]), tree_leaves(other), strict=True)):
+            result["failed"].append("a later call gives something else")
+    tapes = _tapes.get(serving)
+    result["replayed"] = tapes is not None and any(recording.tape for recording in tapes.recordings.values())
+
+
+def compare(entry: Entry, result: dict[str, Any], dtypes: Iterable[torch.dtype]) -> None:
+    size, (model, part, example) = entry.size, pruned(entry)
     start = time.process_time()
     whole = mfp.compact(model, example, **({"submodule": entry.submodule} if entry.submodule else {}))
     result["seconds"] = time.process_time() - start
@@ -237,13 +269,13 @@ def key(family: str, name: str) -> str:
 ENTRIES = {key(entry.family, entry.name): entry for entry in ZOO}
 
 
-def measure_named(name: str) -> dict[str, Any]:
+def measure_named(name: str, serving: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     gc.collect()
     signal.signal(signal.SIGPROF, too_long)
     signal.setitimer(signal.ITIMER_PROF, LONGEST)
     try:
-        return measure(ENTRIES[name])
+        return measure(ENTRIES[name], serving=serving)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -268,15 +300,15 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def measure_all(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
+def measure_all(names: list[str], jobs: int, serving: bool) -> Iterator[dict[str, Any]]:
     """Results as they come. A process that dies (of memory) takes no other network's result with it."""
     if jobs == 1:
-        yield from map(measure_named, names)
+        yield from (measure_named(name, serving) for name in names)
         return
     left = list(names)
     for start in range(0, len(names), 16 * jobs):  # processes anew now and then, for the memory that they keep
         with ProcessPoolExecutor(jobs, get_context("spawn"), end_with_parent) as pool:
-            futures = {pool.submit(measure_named, name): name for name in names[start : start + 16 * jobs]}
+            futures = {pool.submit(measure_named, name, serving): name for name in names[start : start + 16 * jobs]}
             for future in as_completed(futures):
                 if not isinstance(future.exception(), BrokenExecutor):
                     left.remove(futures[future])
@@ -284,7 +316,7 @@ def measure_all(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
     for name in left:
         with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as pool:
             try:
-                yield pool.submit(measure_named, name).result()
+                yield pool.submit(measure_named, name, serving).result()
             except BrokenExecutor:
                 entry, error = ENTRIES[name], "the process was killed"
                 yield {"name": entry.name, "family": entry.family, "failed": [error]}
@@ -303,7 +335,10 @@ def main() -> int:
     parser.add_argument("--fast", action="store_true", help="without the largest networks")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     parser.add_argument("--json", type=Path, help="result file; networks that it has without a fault are not run again")
+    parser.add_argument("--serving", action="store_true", help="the serving forms, replayed and not, instead")
     options = parser.parse_args()
+    if options.serving and options.json:
+        parser.error("--serving keeps no results: without --json")
     pattern = f"*{options.only}*"
     chosen = [
         name for name, entry in ENTRIES.items() if fnmatchcase(name, pattern) and not (options.fast and entry.slow)
@@ -313,14 +348,16 @@ def main() -> int:
     old = results.read(options.json)["rows"] if options.json and options.json.exists() else []
     rows = {key(row["family"], row["name"]): row for row in old if not row["failed"]}
     left, start = [name for name in chosen if name not in rows], time.perf_counter()
-    for done, result in enumerate(measure_all(left, options.jobs), 1):
+    for done, result in enumerate(measure_all(left, options.jobs, options.serving), 1):
         rows[key(result["family"], result["name"])] = as_row(result)
-        outcome = "; ".join(result["failed"]) or f"{result['times_live']:.2f} times live"
+        good = ("replayed" if result.get("replayed") else "not replayed") if options.serving else ""
+        outcome = "; ".join(result["failed"]) or good or f"{result['times_live']:.2f} times live"
         clock = f"{time.perf_counter() - start:5.0f} s"
         print(f"{clock} {done}/{len(left)} {result['family']}: {result['name']}: {outcome}", file=sys.stderr)
         if options.json:
             results.write(options.json, "make zoo", [rows[name] for name in ENTRIES if name in rows])
-    print(networks([rows[name] for name in chosen]))
+    if not options.serving:
+        print(networks([rows[name] for name in chosen]))
     failed = [name for name in chosen if rows[name]["failed"]]
     print(f"\n{len(chosen)} networks, {len(failed)} fail, {time.perf_counter() - start:.0f} s")
     return 1 if failed else 0

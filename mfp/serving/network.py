@@ -33,6 +33,8 @@ class ServingNetwork(fx.GraphModule):
     """A graph whose calls without gradients on a CPU are replayed; ``forward`` is the readable form."""
 
     def __call__(self, *args, **kwargs):
+        if kwargs:
+            args, kwargs = in_order(self, args, kwargs)
         if kwargs or not replays(args):
             return super().__call__(*args, **kwargs)
         state = state_of(self)
@@ -51,6 +53,13 @@ class ServingNetwork(fx.GraphModule):
             tapes.add(sizes, state, recording)
             return result
         return super().__call__(*args) if recording.tape is None else recording.replay(args)
+
+
+def in_order(network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call by place, where they are those that ``forward`` has, each once; else as they are."""
+    code = network.forward.__code__
+    names = code.co_varnames[1 + len(args) : code.co_argcount]
+    return ((*args, *(kwargs[name] for name in names)), {}) if kwargs.keys() == set(names) else (args, kwargs)
 
 
 def replays(args: Sequence[Any]) -> bool:
