@@ -65,7 +65,8 @@ results: $(VENV)/installed  ## measure all of benchmarks/results/ anew, and writ
 	$(BIN)/mfp bench --training --arch resnet18 --json $(RESULTS)/training-resnet18.json
 	$(BIN)/mfp bench --training --arch resnet20 --batch 128 --json $(RESULTS)/training-resnet20.json
 	$(BIN)/mfp bench --compact --batch 1,8 --json $(RESULTS)/compact.json
-	for arch in resnet50 resnet18 mobilenet_v2 efficientnet_b0 regnet_y_400mf densenet121; do \
+	for arch in resnet18 resnet34 resnet50 resnet101 vgg16_bn densenet121 efficientnet_b0 mobilenet_v2 \
+		regnet_y_400mf; do \
 		$(BIN)/mfp bench --engines --arch $$arch --json $(RESULTS)/engines-$$arch.json || exit; done
 	$(BIN)/python benchmarks/compare_torch_pruning.py resnet18 resnet50 mobilenet_v2 regnet_y_400mf \
 		--json $(RESULTS)/torch_pruning.json
