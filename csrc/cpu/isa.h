@@ -11,4 +11,7 @@ Isa current_isa();
 
 const char* isa_name(Isa isa);
 
+// The function of that name that is compiled for the instruction set.
+#define MFP_OF_ISA(isa, name) (isa == Isa::avx512 ? avx512::name : isa == Isa::avx2 ? avx2::name : portable::name)
+
 }  // namespace mfp::cpu

@@ -31,17 +31,15 @@ static std::vector<float> winograd_weights(const std::vector<float>& weights, in
   return found;
 }
 
-#define OF_ISA(isa, name) (isa == Isa::avx512 ? avx512::name : isa == Isa::avx2 ? avx2::name : portable::name)
-
 static void run_conv(const Conv& conv, Isa isa, int threads) {
   if (conv.winograd) {
-    const ConvTasks tasks = OF_ISA(isa, winograd_tasks)(conv, threads);
-    for (int64_t i = tasks.count(); i-- > 0;) OF_ISA(isa, winograd_task)(conv, tasks, i);
+    const ConvTasks tasks = MFP_OF_ISA(isa, winograd_tasks)(conv, threads);
+    for (int64_t i = tasks.count(); i-- > 0;) MFP_OF_ISA(isa, winograd_task)(conv, tasks, i);
     return;
   }
   const PixelOrder order(conv, tile_pixels(isa));
-  const ConvTasks tasks = OF_ISA(isa, conv_tasks)(conv, order.tiles(), threads);
-  for (int64_t i = tasks.count(); i-- > 0;) OF_ISA(isa, conv_task)(conv, order, tasks, i);
+  const ConvTasks tasks = MFP_OF_ISA(isa, conv_tasks)(conv, order.tiles(), threads);
+  for (int64_t i = tasks.count(); i-- > 0;) MFP_OF_ISA(isa, conv_task)(conv, order, tasks, i);
 }
 
 // One shape at every instruction set, alone and joined into a residual with every second channel; sums of small
@@ -174,8 +172,8 @@ static void check_depthwise(Conv conv, std::mt19937& random) {
     std::vector<float> output(conv.pixels() * conv.channels);
     conv.output = output.data();
     const int64_t rows = conv.batch * conv.out_size[0], some = rows / 3;
-    OF_ISA(isa, depthwise_rows)(conv, some, rows);
-    OF_ISA(isa, depthwise_rows)(conv, 0, some);
+    MFP_OF_ISA(isa, depthwise_rows)(conv, some, rows);
+    MFP_OF_ISA(isa, depthwise_rows)(conv, 0, some);
     bool good = true;
     for (size_t i = 0; i < output.size(); ++i) {
       const int64_t c = i % conv.channels, pixel = i / conv.channels, column = pixel % conv.out_size[1];

@@ -16,15 +16,9 @@ static void check_excite(int64_t pixels, int64_t channels, int64_t hidden, bool 
   for (Isa isa : levels()) {
     std::vector<float> output(data(images), data(images) + images.count), gates(channels), space(channels + hidden);
     work.images = output.data();
-    const auto sum = isa == Isa::avx512 ? avx512::excite_sums
-                     : isa == Isa::avx2 ? avx2::excite_sums
-                                        : portable::excite_sums;
-    const auto gate = isa == Isa::avx512 ? avx512::excite_gates
-                      : isa == Isa::avx2 ? avx2::excite_gates
-                                         : portable::excite_gates;
-    const auto scale = isa == Isa::avx512 ? avx512::excite_scale
-                       : isa == Isa::avx2 ? avx2::excite_scale
-                                          : portable::excite_scale;
+    const auto sum = MFP_OF_ISA(isa, excite_sums);
+    const auto gate = MFP_OF_ISA(isa, excite_gates);
+    const auto scale = MFP_OF_ISA(isa, excite_scale);
     for (int64_t image = 0; image < work.batch; ++image) {
       std::vector<float> sums(work.stretches() * channels);
       for (int64_t s = 0; s < work.stretches(); ++s) sum(work, image, s, sums.data() + s * channels);

@@ -17,15 +17,11 @@ static void check_joins(DType dtype, std::mt19937& random) {
         Numbers by_rows = residual, by_planes = residual;
         const ScatterRows work = {
             by_rows.bytes.data(), branch.bytes.data(), dtype, landing.data(), channels, kept, relu};
-        const auto run = isa == Isa::avx512 ? avx512::scatter_rows
-                         : isa == Isa::avx2 ? avx2::scatter_rows
-                                            : portable::scatter_rows;
+        const auto run = MFP_OF_ISA(isa, scatter_rows);
         run(work, 0, 1);
         run(work, 1, rows);
         // The same numbers as planes: the first rows of both are planes of `kept` positions.
-        const auto plane = isa == Isa::avx512 ? avx512::scatter_plane
-                           : isa == Isa::avx2 ? avx2::scatter_plane
-                                              : portable::scatter_plane;
+        const auto plane = MFP_OF_ISA(isa, scatter_plane);
         plane({by_planes.bytes.data(), branch.bytes.data(), dtype, kept, relu});
         plane({by_planes.bytes.data() + channels * bytes, nullptr, dtype, (rows - 1) * channels, relu});
         for (int64_t i = 0; i < rows * channels; ++i) {

@@ -21,7 +21,7 @@ static void check_norm(const std::vector<int64_t>& widths, const std::string& ac
   for (Isa isa : levels()) {
     std::vector<float> output(kRows * norm.channels);
     norm.output = output.data();
-    const auto rows = isa == Isa::avx512 ? avx512::norm_rows : isa == Isa::avx2 ? avx2::norm_rows : portable::norm_rows;
+    const auto rows = MFP_OF_ISA(isa, norm_rows);
     rows(norm, 2, kRows), rows(norm, 0, 2);
     for (int64_t row = 0; row < kRows; ++row) {
       int64_t channel = 0;

@@ -66,8 +66,6 @@ Conv describe_full(const char* op, const at::Tensor& input, const at::Tensor& we
   return conv;
 }
 
-#define MFP_OF_ISA(isa, name) (isa == Isa::avx512 ? avx512::name : isa == Isa::avx2 ? avx2::name : portable::name)
-
 void run(Conv conv) {
   if (conv.pixels() == 0) return;
   const std::vector<float> zeros(conv.channels);

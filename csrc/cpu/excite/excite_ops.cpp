@@ -11,8 +11,6 @@
 namespace mfp::cpu {
 namespace {
 
-#define MFP_OF_ISA(isa, name) (isa == Isa::avx512 ? avx512::name : isa == Isa::avx2 ? avx2::name : portable::name)
-
 void run(const Excite& work) {
   const Isa isa = current_isa();
   const auto sum = MFP_OF_ISA(isa, excite_sums);

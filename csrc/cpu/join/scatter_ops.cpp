@@ -43,16 +43,12 @@ void run(const Work& work, void* residual, const void* branch, DType dtype) {
   if (work.last) {
     const ScatterRows rows = {residual, branch, dtype, work.landing.data(), work.channels, work.branch_channels,
                               work.relu};
-    const auto run = isa == Isa::avx512 ? avx512::scatter_rows
-                     : isa == Isa::avx2 ? avx2::scatter_rows
-                                        : portable::scatter_rows;
+    const auto run = MFP_OF_ISA(isa, scatter_rows);
     at::parallel_for(0, work.outer, std::max<int64_t>(kGrain / work.channels, 1),
                      [&](int64_t begin, int64_t end) { run(rows, begin, end); });
     return;
   }
-  const auto run = isa == Isa::avx512 ? avx512::scatter_plane
-                   : isa == Isa::avx2 ? avx2::scatter_plane
-                                      : portable::scatter_plane;
+  const auto run = MFP_OF_ISA(isa, scatter_plane);
   const int64_t bytes = work.inner * (dtype == DType::float32 ? 4 : 2);
   at::parallel_for(
       0, work.outer * work.channels, std::max<int64_t>(kGrain / work.inner, 1), [&](int64_t begin, int64_t end) {

@@ -46,9 +46,7 @@ at::Tensor batch_norm(at::TensorList inputs, const at::Tensor& scale, const at::
   const int64_t rows = first.size(0) * first.size(2) * first.size(3);
   if (output.numel() == 0) return output;
   const Isa isa = current_isa();
-  const auto compute = isa == Isa::avx512 ? avx512::norm_rows
-                       : isa == Isa::avx2 ? avx2::norm_rows
-                                          : portable::norm_rows;
+  const auto compute = MFP_OF_ISA(isa, norm_rows);
   const int64_t tasks = std::clamp<int64_t>(output.numel() / kGrain, 1, rows);
   const int threads = static_cast<int>(std::min<int64_t>(at::get_num_threads(), tasks));
   run_tasks(tasks, threads, [&](int64_t task) { compute(norm, rows * task / tasks, rows * (task + 1) / tasks); });
