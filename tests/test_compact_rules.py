@@ -30,6 +30,17 @@ def test_filters_that_nobody_reads_go_too():
     assert small.get_submodule("1").num_features == 6
 
 
+def test_filters_that_only_unread_filters_read_go_too():
+    """A filter two layers ahead of the zeros: what reads it does not matter either."""
+    torch.manual_seed(0)
+    middle, last = nn.Conv2d(8, 6, 3), nn.Conv2d(6, 5, 3)
+    middle.weight.data[:, 3] = 0
+    middle.weight.data[4, 3] = 1  # filter 4 alone reads channel 3,
+    last.weight.data[:, 4] = 0  # and nobody reads filter 4
+    small = compacted(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), middle, nn.ReLU(), last), 3, 9, 9)
+    assert [layer.out_channels for layer in small.children() if isinstance(layer, nn.Conv2d)] == [7, 5, 5]
+
+
 def test_constant_goes_into_the_bias_without_padding_and_into_a_border_map_with():
     torch.manual_seed(0)
     for padding, kind in ((0, nn.Conv2d), (1, ConvWithBorder)):
