@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 MULTIPLE = 32  # networks halve their images five times
 MOST_EQUATIONS = 3  # that anyone reads
-# In a size: (h - 1) // 32 + 1 has 4 operations; more is not worth its algebra. Multiples of 32 stay short by themselves,
-# but for "same" padding (144 operations in a network of a few layers are a second, 350 in a deep one two minutes) and
-# for windows of attention.
+# In a size: (h - 1) // 32 + 1 has 4 operations; more is not worth its algebra. Multiples of 32 stay short by
+# themselves, but for "same" padding (144 operations in a network of a few layers are a second, 350 in a deep one two
+# minutes) and for windows of attention.
 MOST_OPERATIONS = {"any": 16, "multiples": 160}
 
 
