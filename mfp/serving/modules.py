@@ -18,6 +18,7 @@ from mfp import backend as backends
 from mfp import ops
 from mfp.conv_weights import conv2d_sizes, pack_conv2d, pack_depthwise_conv2d, winograd_weight
 from mfp.modules import fits_op, only_runs, per_channel
+from mfp.reference import ACTIVATIONS
 
 
 class FusedJoin(nn.Module):
@@ -56,14 +57,11 @@ ONEDNN = (
     and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 )
 
-# Activations that a conv computes while its result is in registers: (oneDNN's name, its numbers, torch's function).
-ACTIVATIONS = {
-    "none": ("none", [], lambda x: x),
-    "relu": ("relu", [], F.relu),
-    "relu6": ("hardtanh", [0.0, 6.0], F.relu6),
-    "hardswish": ("hardswish", [], F.hardswish),
-    "silu": ("swish", [], F.silu),
-}
+# Activations that a conv computes while its result is in registers, as oneDNN calls them, with its numbers.
+ONEDNN_ACTIVATIONS: dict[str, tuple[str, list[float]]] = {
+    "none": ("none", []), "relu": ("relu", []), "relu6": ("hardtanh", [0.0, 6.0]), "hardswish": ("hardswish", []),
+    "silu": ("swish", []),
+}  # fmt: skip
 WINOGRAD_PIXELS = 49  # of the input, at least
 
 
@@ -90,9 +88,9 @@ class ServingConv2d(nn.Conv2d):
             winograd = self.is_for_winograd(x)
             weight, bias = self.packed(self.pack, winograd)
             return ops.conv2d(x, weight, bias, self.out_channels, *geometry, self.activation, winograd)
-        name, numbers, function = ACTIVATIONS[self.activation]
         if not (ONEDNN and self.is_plain(x)):
-            return function(super().forward(x))
+            return ACTIVATIONS[self.activation](super().forward(x))
+        name, numbers = ONEDNN_ACTIVATIONS[self.activation]
         weight = self.packed(self.pack_for_onednn, x.shape)
         return torch.ops.mkldnn._convolution_pointwise(
             x, weight, self.bias, self.padding, self.stride, self.dilation, self.groups, name, numbers, ""
@@ -175,7 +173,7 @@ class ServingNorm2d(nn.Module):
             return ops.batch_norm(inputs, self.scale, self.shift, self.activation)
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
         x = x * per_channel(self.scale, 1, x.dim()) + per_channel(self.shift, 1, x.dim())
-        return ACTIVATIONS[self.activation][2](x)
+        return ACTIVATIONS[self.activation](x)
 
 
 class ServingSqueezeExcite(nn.Module):
@@ -201,7 +199,7 @@ class ServingSqueezeExcite(nn.Module):
             ops.squeeze_excite_(x, *parameters, self.activation, self.hard)
             return x
         hidden = F.conv2d(x.mean((2, 3), keepdim=True), self.reduce_weight[:, :, None, None], self.reduce_bias)
-        hidden = ACTIVATIONS[self.activation][2](hidden)
+        hidden = ACTIVATIONS[self.activation](hidden)
         gates = F.conv2d(hidden, self.expand_weight.T[:, :, None, None], self.expand_bias)
         return x * (F.hardsigmoid(gates) if self.hard else gates.sigmoid())
 
