@@ -185,11 +185,9 @@ class Study:
         model.load_state_dict(self.dense(job.seed).state_dict())
         rates, flops = self.rates(job.seed, job.rates)
         mask = self.masks(model, job, rates)[1][job.method]
-        options, full = self.options, self.data(job.seed)
-        config = self.config(job.seed, epochs=1, lr=options.finetune_lr)
-        some = epoch_order(len(full.train), derive_seed(job.seed, "finetune"), 0)[: options.finetune_images]
-        data = replace(full, train=SeededDataset(Subset(full.train.source, some), full.train.transform, job.seed))
-        pruner = mfp.FilterPruner(model, **rates, criteria=(ALLOCATED_BY,), mode="hard", example_input=full.example())
+        data = self.some_of(job, self.options.finetune_images)
+        config = self.config(job.seed, epochs=1, lr=self.options.finetune_lr)
+        pruner = mfp.FilterPruner(model, **rates, criteria=(ALLOCATED_BY,), mode="hard", example_input=data.example())
         pruner.mask = mfp.FilterMask(pruner.plan, mask.keep)
         pruner.step(0)  # zeroes what the mask says
         self.train(config, data, model, job, pruner)
@@ -203,8 +201,8 @@ class Study:
             how = {"criteria": mfp.PAPER_CRITERIA, "attribute": name, "recalibrate": False if papers else None}
         else:
             how = {"criteria": (job.method,)}
-        config = self.config(job.seed, rate=float(job.rates), settle=0.5, **how)
-        data = self.data(job.seed)
+        config = self.config(job.seed, epochs=self.options.scratch_epochs, rate=float(job.rates), settle=0.5, **how)
+        data = self.some_of(job, self.options.scratch_images)
         model = make_network(config, data, self.world)
         trainer = self.train(config, data, model, job, make_pruner(config, model, data, self.world))
         chosen = [row["criterion"] for row in trainer.history if "criterion" in row]
@@ -220,6 +218,12 @@ class Study:
 
     def _data(self, seed: int) -> ImageData:
         return load_data(self.options.data, seed, validation=self.options.validation, download=self.options.download)
+
+    def some_of(self, job: Job, count: int) -> ImageData:
+        """The data with that many of the training images, drawn by the seed; 0: with all."""
+        full = self.data(job.seed)
+        some = epoch_order(len(full.train), derive_seed(job.seed, job.setting), 0)[: count or len(full.train)]
+        return replace(full, train=SeededDataset(Subset(full.train.source, some), full.train.transform, job.seed))
 
     def _calibration(self, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         size = min(128, self.options.calibration)
@@ -331,11 +335,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--first-seed", type=int, default=0, help="to share the seeds among machines, each with an OUTPUT of its own")
     add("--rates", type=float, nargs="*", default=(0.2, 0.3, 0.4, 0.5, 0.6), help="the same for all layers")
     add("--flops", type=float, nargs="*", default=(0.5, 0.4), help="shares, for rates that suit the layers")
-    add("--epochs", type=int, default=2, help="of the dense networks, and of those pruned from scratch")
+    add("--epochs", type=int, default=2, help="of the dense networks")
     add("--batch", type=int, default=128, help="images per optimiser step")
     add("--lr", type=float, default=0.1, help="highest learning rate")
     add("--finetune-images", type=int, default=12800, help="in one pass after pruning")
     add("--finetune-lr", type=float, default=0.02, help="highest learning rate there")
+    add("--scratch-epochs", type=int, default=8, help="of those pruned from scratch; in the last half the mask holds")
+    add("--scratch-images", type=int, default=12800, help="in each of these epochs")
     add("--calibration", type=int, default=1024, help="training images that attributes and taylor look at")
     add("--test-images", type=int, default=0, help="how many of them to test on; 0: all")
     add("--validation", type=float, default=0.01, help="share of the training images that show how training goes")

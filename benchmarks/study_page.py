@@ -122,7 +122,8 @@ def missing(runs: dict[str, tuple[int, int]], about: dict) -> list[str]:
              "finetune": "fine-tuned after pruning", "scratch": "pruned from scratch"}  # fmt: skip
     options = about["options"]
     defaults = {"arch": "resnet20", "epochs": 2, "batch": 128, "lr": 0.1, "test_images": 0, "calibration": 1024,
-                "precision": "float32", "finetune_images": 12800, "finetune_lr": 0.02, "weights": None}  # fmt: skip
+                "precision": "float32", "finetune_images": 12800, "finetune_lr": 0.02, "scratch_epochs": 8,
+                "scratch_images": 12800, "weights": None}  # fmt: skip
     own = " ".join(
         f"--{name.replace('_', '-')} {options[name]}" for name in defaults if options[name] != defaults[name]
     )
@@ -297,7 +298,8 @@ def scratch_section(results: Results) -> list[str]:
     if not results.rates("scratch"):
         return []
     text = (
-        "Trained from the start, pruned softly after each epoch; in the last half of the epochs the mask holds. MFP "
+        "Trained from the start on a part of the training images (--scratch-images in each of --scratch-epochs), "
+        "pruned softly after each epoch; in the last half of the epochs the mask holds. MFP "
         "switches between the five criteria; `random` and `worst` are not among these runs."
     )
     lines = ["## Pruned from scratch", "", text, ""]

@@ -10,6 +10,7 @@ from torch import nn
 
 import mfp
 from mfp.compact import contraction, elementwise, norms
+from mfp.compact.check import largest_difference
 from mfp.compact.operators import RULES
 
 torch.set_num_threads(1)
@@ -67,6 +68,29 @@ def test_an_ill_conditioned_network_is_judged_by_what_rounding_does_to_it():
     for fold_bn in (False, True):
         with torch.no_grad():
             assert difference(exact, mfp.compact(model.double(), x.double(), fold_bn)(x.double())) < 1e-6
+
+
+def test_what_is_not_finite_is_a_difference(monkeypatch):
+    """A slot that nobody reads becomes 0 / 0 where a rule lets it, and the reader's weight of zero does not help."""
+    nan, inf = float("nan"), float("inf")
+    theirs = torch.tensor([1.0, -2.0, inf])
+    for ours, expected in (([1, -2, 3], 0), ([1, -1, inf], 0.5), ([nan, -2, inf], inf), ([1, inf, inf], inf)):
+        assert largest_difference([torch.tensor(ours)], [theirs]) == expected
+
+    class Ratio(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(3, 16, 3)
+            self.ratio, self.other = nn.Conv2d(16, 4, 1), nn.Conv2d(16, 4, 1)
+            self.ratio.weight.data[:, 5] = 0
+
+        def forward(self, x):
+            a = self.a(x)
+            return self.ratio(a / (self.b(x).abs() + 1)), self.other(a)
+
+    monkeypatch.setattr(elementwise.Elementwise, "is_tame", staticmethod(lambda node, carriers: True))
+    with pytest.raises(mfp.MfpError, match="differs by inf"):
+        mfp.compact(Ratio().eval(), torch.randn(1, 3, 9, 9), fold_bn=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

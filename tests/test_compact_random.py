@@ -60,6 +60,8 @@ class RandomNetwork(nn.Module):
                 values.append(read[0] - read[1])
             elif kind == "mul":
                 values.append(read[0] * read[1])
+            elif kind == "div":
+                values.append(read[0] / (read[1].abs() + 1))
             elif kind == "scale":
                 values.append(read[0] * torch.sigmoid(read[1].mean((2, 3), keepdim=True)))
             elif kind == "cat":
@@ -177,7 +179,7 @@ class Graphs:
     def join(self, source: int) -> None:
         same = [i for i, shape in enumerate(self.shapes) if shape == self.shapes[source]]
         other = self.pick(same)
-        kind = self.pick(["add", "add", "add", "iadd", "sub", "mul"])
+        kind = self.pick(["add", "add", "add", "iadd", "sub", "mul", "div"])
         self.append(kind, self.pick([[source, other], [other, source]]), None, self.shapes[source])
 
     def cat(self, source: int) -> None:

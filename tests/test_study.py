@@ -16,7 +16,8 @@ import mfp
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FLAGS = (
     "--data dataset:train_helpers:few_digits --arch train_helpers:TinyNet --seeds 1 --training-seeds 1 --rates 0.5 "
-    "--flops 0.7 --epochs 2 --batch 16 --finetune-images 16 --calibration 32 --validation 0.1"
+    "--flops 0.7 --epochs 2 --batch 16 --finetune-images 16 --scratch-epochs 2 --scratch-images 32 "
+    "--calibration 32 --validation 0.1"
 )
 OPTIONS = FLAGS.split()
 

@@ -21,6 +21,13 @@ UNTAGGED = {aten.hardswish, aten.square, aten.clip}
 # Operators with a product in them, and the places of its factors; what stands before is added to it.
 PRODUCTS = {aten.mul: slice(0, 2), aten.addcmul: slice(1, 3), aten.div: slice(0, 1)}
 
+# Finite for whatever is finite: what stands in a slot with no meaning may pass.
+TAME = {
+    getattr(aten, name)
+    for name in "abs add celu clamp clamp_max clamp_min elu gelu hardsigmoid hardswish hardtanh leaky_relu maximum "
+    "minimum mish mul neg relu relu6 rsub selu sigmoid silu softplus sub tanh where".split()
+}
+
 # A parameter behind these is still one.
 FORM_ONLY = {
     aten.view, aten.reshape, aten.unsqueeze, aten.squeeze, aten.permute, aten.transpose, aten.to, aten._to_copy,
@@ -144,7 +151,11 @@ class Elementwise(Rule):
         if not alike and self.is_sum(node, dims):
             return self.join(out, node, kept, *self.by_role(out, kept, sets), torch.arange(len(known)))
         there = torch.isin(kept.nonzero().flatten(), first).all()
-        wanted = first if alike and there else self.common_set(out, kept, sets)
+        tame = self.is_tame(node, carriers)
+        if alike and there and (tame or (first >= 0).all()):
+            wanted = first
+        else:
+            wanted = self.common_set(out, kept, sets) if tame else kept.nonzero().flatten()
         if not len(wanted):
             wanted = torch.zeros(1, dtype=torch.long)
         pieces = {operand: out.align(operand, wanted, dim) for operand, dim in carriers.items()}
@@ -163,6 +174,12 @@ class Elementwise(Rule):
         """The operand's channels as they are written so far."""
         ids = out.piece(operand).ids
         return torch.arange(shape(operand)[dim]) if ids is None else ids
+
+    @staticmethod
+    def is_tame(node: fx.Node, carriers: dict[fx.Node, int]) -> bool:
+        """Whether a slot with no meaning stays finite: times a weight of zero, infinity would not be zero."""
+        packet = node.target.overloadpacket
+        return packet in TAME or (packet is aten.div and node.args[1] not in carriers)
 
     @staticmethod
     def is_sum(node: fx.Node, dims: dict[fx.Node, int | None]) -> bool:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from mfp.compact.check import largest_difference
 from mfp.errors import MfpError, did_you_mean
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -135,9 +136,5 @@ def verify(
         theirs = [value for value in tree_leaves(network(*given)) if isinstance(value, Tensor)]
         if len(ours) != len(theirs):
             raise MfpError(f"{file}: {len(ours)} outputs in {engine}, {len(theirs)} in torch")
-        apart = (
-            float((torch.from_numpy(a).double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
-            for a, b in zip(ours, theirs, strict=True)
-        )
-        found[batch] = max(apart)
+        found[batch] = largest_difference([torch.from_numpy(a) for a in ours], [value.double() for value in theirs])
     return found

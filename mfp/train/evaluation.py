@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mfp.compact.check import largest_difference
 from mfp.train.data import AllBatches, SeededDataset, make_loader
 from mfp.train.distributed import World
 
@@ -43,15 +44,14 @@ def evaluate(
 
 
 @torch.no_grad()
-def largest_difference(first: nn.Module, second: nn.Module, dataset: SeededDataset, batch: int = 128) -> float:
-    """The largest difference between two networks' outputs over a data set, relative to the largest output."""
-    difference = size = 0.0
-    device = next(first.parameters()).device
+def difference_on(dataset: SeededDataset, masked: nn.Module, compact: nn.Module, batch: int = 128) -> float:
+    """The largest difference between two networks' outputs over a data set, relative to the largest of its batch."""
+    masked.eval(), compact.eval()
+    device, worst = next(masked.parameters()).device, 0.0
     for images, _ in make_loader(dataset, AllBatches(len(dataset), batch)):
-        a, b = (network.eval()(images.to(device)) for network in (first, second))
-        difference = max(difference, (a - b).abs().max().item())
-        size = max(size, a.abs().max().item())
-    return difference / size if size else difference
+        images = images.to(device)
+        worst = max(worst, largest_difference([compact(images)], [masked(images)]))
+    return worst
 
 
 @torch.no_grad()

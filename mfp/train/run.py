@@ -24,7 +24,7 @@ from mfp.train.config import RunConfig
 from mfp.train.data import ImageData, derive_seed, epoch_order, load_data
 from mfp.train.distributed import World, join, leave
 from mfp.train.engine import Trainer
-from mfp.train.evaluation import evaluate, largest_difference, milliseconds_per_image
+from mfp.train.evaluation import difference_on, evaluate, milliseconds_per_image
 from mfp.train.models import build_model
 from mfp.train.progress import Reporter
 
@@ -208,7 +208,7 @@ def _finish(
     reporter.say("removing the pruned filters, and comparing")
     compact = mfp.compact(masked, example)
     mfp.save(compact, directory / "compact.mfp")
-    difference = largest_difference(masked, compact, data.test)
+    difference = difference_on(data.test, masked, compact)
     batch = data.example(64 if data.image_shape[1] <= 64 else 8).to(pruned.world.device)
     serving = {
         "dense": mfp.compact(dense.eval(), example, fold_bn=True),
