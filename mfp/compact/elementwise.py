@@ -24,8 +24,7 @@ PRODUCTS = {aten.mul: slice(0, 2), aten.addcmul: slice(1, 3), aten.div: slice(0,
 # Finite for whatever is finite: what stands in a slot with no meaning may pass.
 TAME = {
     getattr(aten, name)
-    for name in "abs add celu clamp clamp_max clamp_min elu gelu hardsigmoid hardswish hardtanh leaky_relu maximum "
-    "minimum mish mul neg relu relu6 rsub selu sigmoid silu softplus sub tanh where".split()
+    for name in ["abs", "add", "celu", "clamp", "clamp_max", "clamp_min", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "maximum", "minimum", "mish", "mul", "neg", "relu", "relu6", "rsub", "selu", "sigmoid", "silu", "softplus", "sub", "tanh", "where"]
 }
 
 # A parameter behind these is still one.
