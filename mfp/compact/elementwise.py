@@ -23,9 +23,11 @@ PRODUCTS = {aten.mul: slice(0, 2), aten.addcmul: slice(1, 3), aten.div: slice(0,
 
 # Finite for whatever is finite: what stands in a slot with no meaning may pass.
 TAME = {
-    getattr(aten, name)
-    for name in ["abs", "add", "celu", "clamp", "clamp_max", "clamp_min", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "maximum", "minimum", "mish", "mul", "neg", "relu", "relu6", "rsub", "selu", "sigmoid", "silu", "softplus", "sub", "tanh", "where"]
-}
+    aten.abs, aten.add, aten.celu, aten.clamp, aten.clamp_max, aten.clamp_min, aten.elu, aten.gelu,
+    aten.hardsigmoid, aten.hardswish, aten.hardtanh, aten.leaky_relu, aten.maximum, aten.minimum, aten.mish,
+    aten.mul, aten.neg, aten.relu, aten.relu6, aten.rsub, aten.selu, aten.sigmoid, aten.silu, aten.softplus,
+    aten.sub, aten.tanh, aten.where,
+}  # fmt: skip
 
 # A parameter behind these is still one.
 FORM_ONLY = {
