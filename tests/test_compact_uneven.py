@@ -41,6 +41,14 @@ def test_a_norm_that_two_tensors_go_through_keeps_what_either_needs():
     assert compacted(randomize(net), 3, 9, 8).norm.num_features == 7  # 6 alone is read by neither
 
 
+@pytest.mark.parametrize("fold_bn", [False, True])
+def test_a_norm_twice_in_a_row_that_gives_constants(fold_bn):
+    """None of its channels is needed in the first call, and in the second all are constant."""
+    net = Net(lambda net, a, b: (net.norm(net.norm(a)).flatten(2).transpose(1, 2), b), norm=nn.BatchNorm2d(8))
+    randomize(net).norm.weight.data.zero_()
+    assert compacted(net, 3, 9, 8, fold_bn=fold_bn).report.flops_saved > 0.3
+
+
 def test_a_conv_that_is_called_twice_keeps_what_lives_in_one_call():
     """Filters 0 to 3 read channels that are constant in the second call."""
 

@@ -110,11 +110,12 @@ class BatchNorm(PerChannelNorm):
         calls = net.calls[name]
         piece = self.input(out, node) if net.known(source) is not None else out.piece(source)
         if len(calls) > 1:
-            common = torch.stack([net.kept(call) for call in calls]).any(0).nonzero().flatten()
-            piece = out.align(source, common if len(common) else torch.zeros(1, dtype=torch.long), 1)
-        if name not in out.cuts:
+            rows = torch.stack([net.kept(call) for call in calls]).any(0).nonzero().flatten()
+            rows = rows if len(rows) else torch.zeros(1, dtype=torch.long)
+            piece = out.align(source, rows, 1)
+        else:
             rows = torch.arange(len(net.channels[node])) if piece.ids is None else piece.ids
-            rows = common if len(calls) > 1 and len(common) else rows
+        if name not in out.cuts:
             out.cuts[name] = out.add(name, cut_norm(out, node, name, rows))
         new = out.graph.create_node("call_module", out.cuts[name], (piece.node,), {}, node.name)
         return Piece(new, piece.ids)
