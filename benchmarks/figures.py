@@ -107,6 +107,24 @@ def _saved(row: dict) -> str:
     return f"{number(row['dense_ms'])} → {number(row['compact_ms'])} ({ratio:.2f})"
 
 
+def layers(rows: list[dict]) -> str:
+    """Convolutions by kernel and image: how many, and how fast in OpenVINO and in mfp."""
+    kinds = dict.fromkeys(row["convolution"] for row in rows if row["convolution"])
+    lines = []
+    for kind in kinds:
+        found = [row for row in rows if row["convolution"] == kind]
+        macs = sum(row["gmacs"] * row["ms"] for row in found)
+        times = [sum(row[key] for row in found) for key in ("openvino_ms", "ms")]
+        speeds = [text for ms in times for text in (number(ms), f"{macs / ms:.0f}")]
+        lines.append([kind, str(len(found)), f"{macs:.0f}", *speeds])
+    rest = [row for row in rows if not row["convolution"]]
+    lines.append(["all else", "", "", number(sum(row.get("openvino_ms", 0) for row in rest)), "",
+                  number(sum(row["ms"] for row in rest)), ""])  # fmt: skip
+    form = f"rate {rows[0]['rate']}, {rows[0]['residual']}" if rows[0]["rate"] else "dense"
+    header = (f"{name(rows[0]['arch'])}, batch {rows[0]['batch']}, {form}", "layers", "million multiply-adds")
+    return table([*header, "OpenVINO, ms", "GMAC/s", "mfp, ms", "GMAC/s"], lines)
+
+
 def training(rows: list[dict]) -> str:
     lines = []
     for row in rows:
@@ -188,29 +206,12 @@ def _network(row: dict) -> list[str]:
 
 
 #: Name of a table → the result files that it shows, one after the other, and how.
-#: Name of a table → the result files that it shows, one after the other, and how.
-#: Name of a table → the result files that it shows, one after the other, and how.
-#: Name of a table → the result files that it shows, one after the other, and how.
-def serving(rows: list[dict]) -> str:
-    """The fastest call of each engine, dense and compact."""
-    engines = ("mfp, as before", "mfp, replayed", "OpenVINO")
-    times = {(row["network"], row["batch"], row["form"], row["engine"]): row["fastest_ms"] for row in rows}
-    lines = [
-        [
-            f"{name(network)}, batch {batch}",
-            *(number(times[network, batch, f, e]) for f in ("dense", "index") for e in engines),
-        ]
-        for network, batch in dict.fromkeys((row["network"], row["batch"]) for row in rows)
-    ]
-    shown = ("layer by layer", "replayed", "OpenVINO")
-    return table(["ms", *(f"{form}: {who}" for form in ("dense", "compact") for who in shown)], lines)
-
-
 TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "scoring": ("scoring*.json", scoring),
     "overhead": ("overhead*.json", overhead),
     "compact": ("compact*.json", compact),
     "engines": ("engines*.json", engines),
+    "layers": ("layers*.json", layers),
     "training": ("training*.json", training),
     "torch_pruning": ("torch_pruning*.json", torch_pruning),
     "demo": ("demo.json", demo),

@@ -46,10 +46,11 @@ class PlannedLayer:
         num_filters: N.
         filter_size: K = C/groups * kh * kw.
         rate: share of the filters to prune.
-        num_pruned: how many that are: int(N * rate), fewer only by ``channel_multiple``.
+        num_pruned: how many that are: int(N * rate), fewer only by ``channel_multiple`` and ``unit``.
         offset: of its first filter on the plan's flat axis.
         followers: parameters masked together with its filters.
-        group: layers of one group lose the same filters; None outside a coupled plan.
+        group: layers of one group lose the same filters; None for a layer that is pruned alone.
+        unit: so many filters in a row go together: a group of a conv with groups, outside ``residual="index"``.
     """
 
     name: str
@@ -60,11 +61,16 @@ class PlannedLayer:
     offset: int
     followers: tuple[Follower, ...]
     group: int | None = None
+    unit: int = 1
 
     @property
     def slice(self) -> slice:
         """The layer's part of the flat filter axis."""
         return slice(self.offset, self.offset + self.num_filters)
+
+    def count_pruned(self, rate: float, channel_multiple: int) -> int:
+        """How many filters go at a rate."""
+        return count_pruned(self.num_filters, rate, math.lcm(channel_multiple, self.unit))
 
 
 class FilterPlan:
@@ -122,6 +128,7 @@ class FilterPlan:
                 that all that is left are plain layers.
                 ``"coupled"``: layers that meet in an addition or a product lose the same filters (their scores are
                 summed): plain additions of fewer channels. A group is left out as a whole when one of its layers is.
+                With ``"keep"`` and ``"coupled"`` convs with groups, and the layers in front of them, lose whole groups.
             example_input: what the model takes, as for :func:`mfp.compact`; needed where that is not one image.
 
         Raises:
@@ -137,7 +144,7 @@ class FilterPlan:
         convs = {n: m for n, m in model.named_modules() if isinstance(m, CONVS) or n in structure.pointwise}
         skipped = set().union(*_match_all("skip", skip, convs).values())
         rates = _resolve_rates(layer_rates, convs)
-        group_of, fixed = (structure.groups, set(structure.fixed)) if residual == "coupled" else ({}, set())
+        group_of, fixed = _groups(structure, residual)
         followers, outputs = structure.followers, structure.outputs
         following = {name for names in followers.values() for name in names}
 
@@ -155,8 +162,10 @@ class FilterPlan:
                 continue
             seen.add(id(conv.weight))
             share = rates.get(name, rate)
-            layer = _planned(model, name, conv, float(share), offset, channel_multiple, followers.get(name, ()))
-            layers.append(replace(layer, group=group_of.get(name)))
+            group = group_of.get(name)
+            unit = 1 if group is None else structure.units.get(group, 1)
+            layer = _planned(model, name, conv, float(share), offset, channel_multiple, followers.get(name, ()), unit)
+            layers.append(replace(layer, group=group))
             offset += len(conv.weight)
         if not layers:
             raise MfpError(
@@ -223,15 +232,25 @@ class FilterPlan:
     def with_rates(self, rates: Mapping[str, float]) -> FilterPlan:
         """The same layers, some with other rates, by name."""
         layers = [
-            replace(layer, rate=rate, num_pruned=count_pruned(layer.num_filters, rate, self.channel_multiple))
+            replace(layer, rate=rate, num_pruned=layer.count_pruned(rate, self.channel_multiple))
             for layer, rate in ((layer, rates.get(layer.name, layer.rate)) for layer in self.layers)
         ]
         return FilterPlan(self.model, layers, self.channel_multiple)
 
 
+def _groups(structure: Structure, residual: str) -> tuple[dict[str, int], set[int]]:
+    """(group of each layer that loses filters together with others, groups that can lose none)"""
+    if residual == "coupled":
+        return structure.groups, set(structure.fixed)
+    if residual == "keep":
+        whole_groups = {n: g for n, g in structure.groups.items() if g in structure.units and n not in structure.bound}
+        return whole_groups, set(structure.fixed)
+    return {}, set()
+
+
 def _structure(model: nn.Module, example_input: Any, must_have: bool) -> Structure:
     """What the graph says; without one (a warning) the layers are planned all the same, where that is possible."""
-    nothing = Structure({}, set(), set(), {}, set(), set())
+    nothing = Structure({}, set(), set(), {}, set(), {}, set())
     if not any(isinstance(module, CONVS) for module in model.modules()):
         return nothing
     try:
@@ -329,7 +348,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         raise MfpError(f"the model has no module {name!r} any more; make a new plan") from None
 
 
-def _planned(model, name, conv, rate, offset, channel_multiple, follower_names) -> PlannedLayer:
+def _planned(model, name, conv, rate, offset, channel_multiple, follower_names, unit) -> PlannedLayer:
     filters = len(conv.weight)
     followers = [Follower(name, "bias", is_weight=False)] if conv.bias is not None else []
     for follower in follower_names:
@@ -343,9 +362,11 @@ def _planned(model, name, conv, rate, offset, channel_multiple, follower_names) 
         num_filters=filters,
         filter_size=conv.weight[0].numel(),
         rate=rate,
-        num_pruned=count_pruned(filters, rate, channel_multiple),
+        num_pruned=0,
         offset=offset,
         followers=tuple(followers),
+        unit=unit,
     )
+    layer = replace(layer, num_pruned=layer.count_pruned(rate, channel_multiple))
     FilterPlan(model, [layer]).weight(layer)  # refuses a weight that is not laid out filter by filter
     return layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -45,7 +46,7 @@ def select_filters(scores: FilterScores, criterion: str | Mapping[str, str] | No
     live, gone = scores.live, torch.zeros_like(torch.cat(own), dtype=torch.bool)
     if live is not None:
         gone = ~live.keep.to(gone.device)
-    shared: dict[int, Tensor] = {}  # of a coupled plan: the sum of each group's scores
+    shared: dict[int, Tensor] = {}  # the sum of the scores of layers that lose the same filters
     for layer, score in zip(plan.layers, own, strict=True):
         if layer.group is not None:
             shared[layer.group] = shared.get(layer.group, 0) + score.double()
@@ -53,7 +54,8 @@ def select_filters(scores: FilterScores, criterion: str | Mapping[str, str] | No
     for layer, score in zip(plan.layers, own, strict=True):
         score, lost = score if layer.group is None else shared[layer.group], gone[layer.slice]
         count = layer.num_pruned if live is None else max(layer.num_pruned, int(lost.sum()))
-        keep.append(lowest_pruned(score.masked_fill(lost, -torch.inf), count))
+        units = score.masked_fill(lost, -torch.inf).view(-1, layer.unit).sum(1)
+        keep.append(lowest_pruned(units, math.ceil(count / layer.unit)).repeat_interleave(layer.unit))
     return FilterMask(plan, torch.cat(keep))
 
 
@@ -86,7 +88,7 @@ def select_mix(
         if _criteria.criterion(name).family != family:
             raise MfpError(f"select_mix: {name!r} is not a {family} criterion")
     if any(layer.group is not None for layer in plan.layers):
-        raise MfpError("select_mix ranks each layer for itself; it does not take a coupled plan")
+        raise MfpError("select_mix ranks each layer for itself; it does not take a plan whose layers are coupled")
     layers = [layer for layer in plan.layers if layer.rate > 0]
     counts = [(int(layer.num_filters * rate_norm), int(layer.num_filters * rate_distance)) for layer in layers]
     for layer, (first, second) in zip(layers, counts, strict=True):

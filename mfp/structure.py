@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,9 +34,12 @@ class Structure:
             read it alone, channel by channel).
         outputs: convs whose channels come out of the network with no other layer between: its classifiers.
         pointwise: linear layers that are 1x1 convs in another notation: they read images with the channels last.
-        groups: convs and pointwise linears whose outputs meet in an addition or a product have one number.
+        groups: convs and pointwise linears whose outputs meet in an addition or a product have one number; so have a
+            conv with groups and the layer in front of it.
         fixed: groups that also meet a tensor whose channels come from no conv alone (the input, a concatenation, a
             padded shortcut), so that they cannot lose channels together.
+        units: for groups with a conv with groups in them, or in front of one: how many filters in a row go together,
+            which is one of its groups.
         bound: layers that end in an addition, and gates of other layers' channels: a plain network cannot lose their
             filters, whatever the values.
     """
@@ -45,6 +49,7 @@ class Structure:
     pointwise: set[str]
     groups: dict[str, int]
     fixed: set[int]
+    units: dict[int, int]
     bound: set[str]
 
 
@@ -200,9 +205,10 @@ class _Reader:
         found = {self.layer[node] for node in last if node in self.layer}
         return {name for name in found if isinstance(self.modules[name], nn.Linear)}
 
-    def coupled(self) -> tuple[dict[str, int], set[int], set[str]]:
+    def coupled(self) -> tuple[dict[str, int], set[int], dict[int, int], set[str]]:
         parent: dict[str, str] = {}
         fixed: set[str] = set()
+        widths: dict[str, int] = {}  # of the groups of convs with groups
         added: set[str] = set()
         gates: set[str] = set()
         owner: dict[fx.Node, str | None] = {}  # a conv that stands for the node's channels
@@ -218,20 +224,30 @@ class _Reader:
             if node in self.layer:
                 name = self.layer[node]
                 parent.setdefault(name, name)
-                if self.is_depthwise(node) and channels(node) == self.modules[name].in_channels and inputs[0]:
-                    parent[root(name)] = root(inputs[0])
+                conv, before = self.modules[name], inputs[0]
+                of_groups = isinstance(conv, CONVS) and conv.groups > 1
+                if of_groups and conv.in_channels == conv.out_channels and before:
+                    parent[root(name)] = root(before)
+                if of_groups and not self.is_depthwise(node):
+                    widths[name] = conv.out_channels // conv.groups
+                    if not before:
+                        fixed.add(name)
+                    elif conv.in_channels != conv.out_channels:
+                        widths[before] = conv.in_channels // conv.groups
+                        fixed |= {name, before}
                 owner[node] = name
             elif len(sources) > 1 and is_pointwise(node):
-                known = [name for name in inputs if name]
+                pairs = [pair for pair in zip(sources, inputs, strict=True) if not is_map(pair[0], node)]
+                known = [name for _, name in pairs if name]
                 for name in known[1:]:
                     parent[root(name)] = root(known[0])
-                if known and len(known) < len(inputs):
+                if known and len(known) < len(pairs):
                     fixed.add(known[0])
                 if packet(node) in (aten.add, aten.sub):
                     added.update(known)
                 else:
-                    gates |= {name for name, source in zip(inputs, sources, strict=True) if name and gates_with(source)}
-                owner[node] = known[0] if len(known) == len(inputs) and known else None
+                    gates |= {name for source, name in pairs if name and gates_with(source)}
+                owner[node] = known[0] if len(known) == len(pairs) and known else None
             elif len(sources) == 1 and (
                 packet(node) in (aten.batch_norm, aten.mean, *ZERO_KEEPING)
                 or is_pointwise(node)
@@ -242,7 +258,10 @@ class _Reader:
         groups = {name: numbers[root(name)] for name in parent}
         summed = {groups[name] for name in added}
         bound = gates | {name for name, group in groups.items() if group in summed}
-        return groups, {groups[name] for name in fixed}, bound
+        units: dict[int, int] = {}
+        for name, width in widths.items():
+            units[groups[name]] = math.lcm(units.get(groups[name], 1), width)
+        return groups, {groups[name] for name in fixed}, units, bound
 
 
 def packet(node: fx.Node) -> Any:
@@ -253,6 +272,12 @@ def channels(node: fx.Node) -> int:
     """Filters of a conv's or a linear's result."""
     value = node.meta["val"]
     return value.shape[-1] if packet(node) is aten.linear else value.shape[1]
+
+
+def is_map(source: fx.Node, result: fx.Node) -> bool:
+    """Whether a factor or a summand is one image for all channels: spatial attention."""
+    shape, whole = source.meta["val"].shape, result.meta["val"].shape
+    return len(shape) == len(whole) > 2 and shape[1] == 1 != whole[1] and shape[2:] == whole[2:]
 
 
 def gates_with(source: fx.Node) -> bool:

@@ -170,13 +170,15 @@ def test_layer_by_layer(bench_rows, monkeypatch):
     monkeypatch.setattr(layers, "build_model", lambda name, classes: CifarResNet(8, classes))
     monkeypatch.setattr(layers, "SIZE", 32)
     monkeypatch.setattr(layers, "CALLS", 2)
-    report, printed = bench_rows("--layers", "--arch", "resnet20", "--batch", "1,2")
+    report, printed = bench_rows("--layers", "--arch", "resnet20", "--batch", "1,2", "--residual", "keep")
     for batch in (1, 2):
         rows = [row for row in report["rows"] if row["batch"] == batch]
         convs = [row for row in rows if row["convolution"]]
         assert len(convs) == 7
-        assert all(row["ms"] > 0 for row in rows)
+        assert all(row["ms"] > 0 for row in rows if row["layer"] != layers.OTHERS)
         assert all(row["gmacs"] > 0 for row in convs)
         assert all(row["openvino_ms"] > 0 for row in convs)
         assert all(row["layer"] in printed for row in convs)
+        assert {row["convolution"] for row in convs} == {"3x3 on 32x32", "3x3 on 16x16", "3x3 on 8x8"}
+        assert [row["openvino_ms"] > 0 for row in rows if row["layer"] == layers.OTHERS] == [True]
     assert "of the peak" in printed

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torchvision
+from compact_cases import masked
 from small_networks import NETWORKS
 from torch import nn
 
 import mfp
+from mfp.modules import ExpandChannels, SelectChannels
 from mfp.plan import count_pruned, matching, unwrap
 
 
@@ -202,6 +204,82 @@ def test_coupled_layers_share_one_mask():
     assert kinds == {"torch"}  # plain layers, no index joins
 
 
+@pytest.mark.parametrize("residual", ["keep", "coupled"])
+@pytest.mark.parametrize("name", ["resnext", "regnet_x", "regnet_y"])
+def test_convs_with_groups_lose_whole_groups(name, residual):
+    """And so do the layers in front of them: what is left are convs with the same number of channels to a group."""
+    model = masked(NETWORKS[name](), 0.4, residual=residual)
+    wide = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1}
+    small = mfp.compact(model, torch.randn(1, 3, 64, 64))
+    assert all(m.in_channels // m.groups == small.get_submodule(n).in_channels // small.get_submodule(n).groups
+               for n, m in wide.items())  # fmt: skip
+    assert any(small.get_submodule(n).groups < m.groups for n, m in wide.items())
+    assert not any(isinstance(m, SelectChannels | ExpandChannels) for m in small.modules())
+    plan = mfp.FilterPlan.from_model(model, 0.4, residual=residual)
+    for name in wide:
+        layer = plan[name]
+        assert layer.unit == wide[name].out_channels // wide[name].groups > 1
+        assert layer.num_pruned == int(layer.num_filters * 0.4) // layer.unit * layer.unit
+        assert plan.scaled(0.5)[name].num_pruned % layer.unit == 0
+    lost = mfp.FilterMask(plan, torch.rand(plan.num_filters) > 0.1)
+    keep = mfp.select_filters(mfp.score_filters(plan, ("l2_norm",), live=lost)).keep
+    for layer in plan.layers:  # of a group that has lost a filter before
+        groups = keep[layer.slice].view(-1, layer.unit)
+        assert (groups.all(1) == groups.any(1)).all()
+
+
+def test_the_group_whose_filters_weigh_least_together_goes():
+    """[2, 2] [1, 4] [3, 0.5] in the layer in front, equal ones in the conv with groups."""
+    front, behind = nn.Conv2d(3, 6, 1, bias=False), nn.Conv2d(6, 6, 1, groups=3, bias=False)
+    model = nn.Sequential(front, behind, nn.Conv2d(6, 2, 1))
+    front.weight.data = torch.tensor([2, 2, 1, 4, 3, 0.5]).view(6, 1, 1, 1).repeat(1, 3, 1, 1)
+    behind.weight.data.fill_(1)
+    plan = mfp.FilterPlan.from_model(model, 0.4, residual="keep")
+    assert [layer.num_pruned for layer in plan.layers] == [2, 2]
+    keep = mfp.select_filters(mfp.score_filters(plan, ("l1_norm",))).keep
+    assert keep.view(2, 3, 2)[:, 2].any() == False and keep.sum() == 8  # noqa: E712
+    assert mfp.FilterPlan.from_model(model, 0.4)["0"].unit == 1  # by index: filter by filter, as in the papers
+
+
+@pytest.mark.parametrize("residual", ["keep", "coupled"])
+def test_groups_that_no_layer_in_front_can_lose_stay_whole(residual):
+    """Behind the image, behind a shuffle, and where a group gives more channels than it reads."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.shuffled = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1, groups=4)
+            self.b, self.wider = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 16, 1, groups=4)
+            self.images, self.last = nn.Conv2d(4, 8, 1, groups=2), nn.Conv2d(24, 3, 1)
+
+        def forward(self, x):
+            a = self.a(x)
+            shuffled = self.shuffled(torch.channel_shuffle(a, 2))
+            return self.last(torch.cat([self.wider(self.b(shuffled)), self.images(x)], 1))
+
+    plan = mfp.FilterPlan.from_model(Net(), 0.4, residual=residual, example_input=torch.zeros(1, 4, 5, 5))
+    assert [layer.name for layer in plan.layers] == ["a"]
+
+
+def test_spatial_attention_couples_nothing():
+    """One map for all channels, from a conv of one filter and from what is known of all channels."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.map, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(2, 1, 7, padding=3), nn.Conv2d(16, 8, 1)
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x):
+            a = self.a(x)
+            a = a * self.map(torch.cat([a.mean(1, keepdim=True), a.amax(1, keepdim=True)], 1)).sigmoid()
+            return self.last(self.b(a * a.abs().amax(1, keepdim=True)).mean((2, 3)))
+
+    plan = mfp.FilterPlan.from_model(Net(), 0.5, residual="coupled")
+    assert {layer.name: layer.num_pruned for layer in plan.layers} == {"a": 8, "map": 0, "b": 4}
+    assert plan["map"].group != plan["a"].group
+
+
 def test_coupled_groups_are_left_out_as_a_whole():
     model = torchvision.models.resnet18()
     plan = mfp.FilterPlan.from_model(model, residual="coupled", skip=("downsample",))
@@ -209,7 +287,7 @@ def test_coupled_groups_are_left_out_as_a_whole():
     assert "layer2.0.conv1" in names and "layer2.0.conv2" not in names and "layer1.0.conv2" in names
     with pytest.raises(mfp.MfpError, match="coupled layers must lose equally many filters: 'conv1' loses 25 of 64"):
         mfp.FilterPlan.from_model(model, residual="coupled", layer_rates={"layer1.0.conv2": 0.1})
-    with pytest.raises(mfp.MfpError, match="does not take a coupled plan"):
+    with pytest.raises(mfp.MfpError, match="layers are coupled"):
         mfp.select_mix(plan, 0.1, 0.1)
 
 

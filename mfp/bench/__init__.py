@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from mfp.bench import results
+from mfp.plan import RESIDUAL
 
 ENGINES_HELP = (
     "dense against compact in the engines that serve, instead: names with commas, of onnxruntime, openvino, mfp, "
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--training", action="store_true", help="training steps of the smaller network, instead")
     parser.add_argument("--engines", nargs="?", const="", metavar="NAMES", help=ENGINES_HELP)
     parser.add_argument("--batch", help="images in a batch, with commas (default: 8; of --engines and --layers 1,8)")
+    parser.add_argument("--residual", choices=RESIDUAL, default="index", help="form, for --layers (default: index)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for --engines (default: cpu)")
     options = parser.parse_args(arguments)
     usual = "1,8" if options.layers or options.engines is not None else "8"
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     elif options.layers:
         from mfp.bench import layers
 
-        report = layers.measure(options.arch or "resnet50", options.rate, batches, console)
+        report = layers.measure(options.arch or "resnet50", options.rate, batches, console, options.residual)
         printer = layers.print_table
     elif options.compact:
         from mfp.bench import compaction

@@ -29,28 +29,34 @@ from mfp.serving.network import ServingNetwork, record
 from mfp.train.models import build_model
 
 CALLS = 30
+OTHERS = "OpenVINO's other operators"
 CONVOLUTIONS = ("Convolution", "GroupConvolution")  # as OpenVINO calls them
 
 
-def measure(arch: str, rate: float, batches: Sequence[int], console: Console) -> dict[str, Any]:
-    """Each layer of a network whose filters were pruned at ``rate`` (0: dense), joins by index."""
+def measure(
+    arch: str, rate: float, batches: Sequence[int], console: Console, residual: str = "index"
+) -> dict[str, Any]:
+    """Each layer of a network whose filters were pruned at ``rate`` (0: dense)."""
     torch.manual_seed(0)
     model, image = build_model(arch, 1000).eval(), torch.randn(1, 3, SIZE, SIZE)
     if rate:
-        plan = mfp.FilterPlan.from_model(model, rate, channel_multiple=MULTIPLE)
+        plan = mfp.FilterPlan.from_model(model, rate, residual=residual, channel_multiple=MULTIPLE)
         mfp.prune_filters_(plan, "l2_norm")
     serving = mfp.compact(model, image, fold_bn=True)
     limits, rows = Limits.measure(), []
     for batch in batches:
         console.print(f"{arch}, batch {batch} ...", style="dim")
         ours = time_layers(serving, image.repeat(batch, 1, 1, 1))
-        theirs = openvino_convolutions(model, image, batch) if installed("openvino") else []
+        theirs = openvino_times(model, image, batch) if installed("openvino") else []
+        convolutions = [time for kind, time in theirs if kind in CONVOLUTIONS]
         convs = [row for row in ours if row["convolution"]]
-        if len(theirs) == len(convs):  # the same layers, in the same order
-            for row, milliseconds in zip(convs, theirs, strict=True):
+        if len(convolutions) == len(convs):  # the same layers, in the same order
+            for row, milliseconds in zip(convs, convolutions, strict=True):
                 row["openvino_ms"] = milliseconds
+            rest = sum(time for kind, time in theirs if kind not in CONVOLUTIONS)
+            ours.append({"layer": OTHERS, "ms": 0.0, "gmacs": 0.0, "convolution": "", "openvino_ms": rest})
         rows += [{"arch": arch, "batch": batch, **row} for row in ours]
-    return {"rate": rate, "gmacs_at_most": limits.fmas / 1e9, "rows": rows}
+    return {"rate": rate, "residual": residual, "gmacs_at_most": limits.fmas / 1e9, "rows": rows}
 
 
 @torch.no_grad()
@@ -70,9 +76,10 @@ def time_layers(serving: ServingNetwork, x: torch.Tensor) -> list[dict[str, Any]
     counter = Counter(serving)
     counter.run(x)
     return [
-        {"layer": name, "ms": ms, "gmacs": counter.macs.get(name, 0) / 1e6 / ms, "convolution": name in counter.convs}
+        {"layer": name, "ms": ms, "gmacs": counter.macs.get(name, 0) / 1e6 / ms,
+         "convolution": counter.convs.get(name, "")}
         for name, ms in times.items()
-    ]
+    ]  # fmt: skip
 
 
 class Counter(torch.fx.Interpreter):
@@ -81,21 +88,23 @@ class Counter(torch.fx.Interpreter):
     def __init__(self, network: torch.fx.GraphModule) -> None:
         super().__init__(network)
         self.macs: dict[str, int] = {}
-        self.convs: set[str] = set()
+        self.convs: dict[str, str] = {}  # what they are: "3x3 on 14x14"
 
     def run_node(self, node: torch.fx.Node) -> Any:
         result = super().run_node(node)
         layer = self.module.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(layer, nn.Conv2d):
             self.macs[node.name] = result[:, 0].numel() * layer.weight.numel()
-            self.convs.add(node.name)
+            grouped = ", groups" if layer.groups > 1 else ""
+            kernel, image = ("x".join(map(str, size)) for size in (layer.kernel_size, result.shape[2:]))
+            self.convs[node.name] = f"{kernel} on {image}{grouped}"
         elif isinstance(layer, nn.Linear):
             self.macs[node.name] = result[..., 0].numel() * layer.weight.numel()
         return result
 
 
-def openvino_convolutions(model: nn.Module, image: torch.Tensor, batch: int) -> list[float]:
-    """Milliseconds of each convolution of the exported network, in the order in which they run."""
+def openvino_times(model: nn.Module, image: torch.Tensor, batch: int) -> list[tuple[str, float]]:
+    """(what it is, milliseconds) of each operator of the exported network, in the order in which they run."""
     with tempfile.TemporaryDirectory() as directory:
         network, arguments, _ = prepare(model, image)
         program, _ = exported_program(network, arguments)
@@ -108,7 +117,7 @@ def openvino_convolutions(model: nn.Module, image: torch.Tensor, batch: int) -> 
     if done.returncode:
         raise MfpError(f"OpenVINO cannot run {model.__class__.__name__}: {done.stderr.strip().splitlines()[-1]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    return [time / 1000 for _, kind, time in found if kind in CONVOLUTIONS]
+    return [(kind, time / 1000) for _, kind, time in found]
 
 
 def print_table(report: dict[str, Any], console: Console) -> None:
@@ -116,7 +125,8 @@ def print_table(report: dict[str, Any], console: Console) -> None:
     for batch in dict.fromkeys(row["batch"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["batch"] == batch]
         total, macs = sum(row["ms"] for row in rows), sum(row["ms"] * row["gmacs"] for row in rows)
-        table = Table(title=f"{rows[0]['arch']}, rate {report['rate']}, batch {batch}, {SIZE} x {SIZE}")
+        form = f"rate {report['rate']}, {report['residual']}"
+        table = Table(title=f"{rows[0]['arch']}, {form}, batch {batch}, {SIZE} x {SIZE}")
         table.add_column("layer")
         for column in ("ms", "GMAC/s", "of the peak", "OpenVINO, ms"):
             table.add_column(column, justify="right")
