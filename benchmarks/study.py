@@ -190,8 +190,8 @@ class Study:
         pruner = mfp.FilterPruner(model, **rates, criteria=(ALLOCATED_BY,), mode="hard", example_input=data.example())
         pruner.mask = mfp.FilterMask(pruner.plan, mask.keep)
         pruner.step(0)  # zeroes what the mask says
-        self.train(config, data, model, job, pruner)
-        return [{"flops": flops, "accuracy": self.accuracy(model, job.seed)}]
+        trainer = self.train(config, data, model, job, pruner)
+        return [{"flops": flops, "accuracy": self.accuracy(trainer.masked_model, job.seed)}]
 
     def run_scratch(self, job: Job) -> list[dict[str, Any]]:
         """Trained from the start, pruned softly after each epoch; in the last epochs the mask holds."""
@@ -206,7 +206,7 @@ class Study:
         model = make_network(config, data, self.world)
         trainer = self.train(config, data, model, job, make_pruner(config, model, data, self.world))
         chosen = [row["criterion"] for row in trainer.history if "criterion" in row]
-        return [{"accuracy": self.accuracy(model, job.seed), "chosen": " ".join(chosen)}]
+        return [{"accuracy": self.accuracy(trainer.masked_model, job.seed), "chosen": " ".join(chosen)}]
 
     # ---- what the runs share
 

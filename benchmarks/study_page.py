@@ -303,7 +303,23 @@ def scratch_section(results: Results) -> list[str]:
         "switches between the five criteria; `random` and `worst` are not among these runs."
     )
     lines = ["## Pruned from scratch", "", text, ""]
-    return lines + accuracy_table(results, "scratch", results.methods("scratch"))
+    lines += accuracy_table(results, "scratch", results.methods("scratch"))
+    return [*lines, *(scratch_sentence(results, rates) for rates in results.rates("scratch")), ""]
+
+
+def scratch_sentence(results: Results, rates: str) -> str:
+    """`mfp loss` against the fixed criteria, seed by seed."""
+    fixed = {name: results.values("scratch", rates, name) for name in POOLS["eight"]}
+    fixed = {name: own for name, own in fixed.items() if own}
+    switched = results.values("scratch", rates, "mfp loss")
+    seeds = [seed for seed in switched if all(seed in own for own in fixed.values())]
+    if not seeds or not fixed:
+        return f"- Rate {rates}: not all of its runs are there."
+    best = max(fixed, key=lambda name: mean(fixed[name][seed] for seed in seeds))
+    ahead = spread((switched[seed] - fixed[best][seed] for seed in seeds), "+")
+    average = spread((switched[seed] - mean(own[seed] for own in fixed.values()) for seed in seeds), "+")
+    return (f"- Rate {rates} (seeds: {len(seeds)}): switching by the loss is {ahead} points from always `{best}`, the "
+            f"best of the {len(fixed)} in hindsight, and {average} from their average.")  # fmt: skip
 
 
 TITLES = {

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import mfp
+from mfp.train.progress import Reporter
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FLAGS = (
@@ -67,6 +69,24 @@ def test_every_run_has_its_rows(study, whole):
     assert len(shares) == 2 and all(0 < share <= 0.7 for share in shares.values())
 
 
+@pytest.mark.parametrize("setting", ["finetune", "scratch"])
+def test_accuracy_is_that_of_the_network_that_training_ended_with(study, tmp_path, monkeypatch, setting):
+    """Training goes on with a smaller network from where the mask holds; the one that was begun with stays behind."""
+    options = study.parse([*OPTIONS, "--output", str(tmp_path), "--scratch-epochs", "4"])
+    runs, trainers, tested = study.Study(options, Reporter(quiet=True)), [], []
+    accuracy, train = runs.accuracy, runs.train
+    monkeypatch.setattr(runs, "accuracy", lambda model, seed: tested.append(model) or accuracy(model, seed))
+    monkeypatch.setattr(runs, "train", lambda *arguments: trainers.append(train(*arguments)) or trainers[-1])
+    (row,) = getattr(runs, f"run_{setting}")(study.Job(setting, 0, "0.5", "l2_norm"))
+    (trainer,) = trainers
+    assert trainer.small_from is not None and trainer.small_from == (2 if setting == "scratch" else 1)
+    images = runs.data(0).example(8)
+    assert mfp.compact(tested[-1], images).report.flops_saved > 0.2
+    with torch.no_grad():
+        torch.testing.assert_close(tested[-1].eval()(images), trainer.final_model.eval()(images))
+    assert row["accuracy"] == accuracy(trainer.final_model, 0)
+
+
 def test_a_study_that_was_killed_goes_on_to_the_same_rows(whole, tmp_path):
     command = [sys.executable, str(BENCHMARKS / "study.py"), *OPTIONS, "--output", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
@@ -110,6 +130,10 @@ def test_the_page_is_made_from_the_rows(study, whole, tmp_path):
     assert found["accuracy"] + found["best"] == max(own) and found["accuracy"] - found["average"] == pytest.approx(
         sum(own) / 5
     )
+    fixed = [results.values("scratch", "0.5", name)[0] for name in ("l2_norm", "l2_distance", "cosine_distance")]
+    switched = results.values("scratch", "0.5", "mfp loss")[0]
+    (line,) = (line for line in text.splitlines() if line.startswith("- Rate 0.5 (seeds: 1): switching by the loss"))
+    assert f"is {switched - max(fixed):+.1f} points" in line and f"{switched - sum(fixed) / 3:+.1f} from" in line
     plots = {path.name: path.read_bytes() for path in (whole / "page").iterdir()}
     assert set(plots) == {"once.svg", "finetune.svg", "scratch.svg", "allocation.svg"} and all(
         name in text for name in plots
