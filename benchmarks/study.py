@@ -392,8 +392,8 @@ def require_same(file: Path, about: dict[str, Any]) -> None:
     free = ("seeds", "first_seed", "training_seeds", "rates", "flops", "workers", "device", "download")
     if file.exists():
         there, here = json.loads(file.read_text())["options"], json.loads(json.dumps(about["options"]))
-        names = [name for name in here if name not in free and there.get(name) != here[name]]
-        differ = [f"{name} {there.get(name)!r} instead of {here[name]!r}" for name in names]
+        names = [name for name in here if name not in free and there.get(name, here[name]) != here[name]]
+        differ = [f"{name} {there[name]!r} instead of {here[name]!r}" for name in names]
         if differ:
             raise MfpError(f"{file} is of another study: {'; '.join(differ)}")
     else:

@@ -125,7 +125,9 @@ def missing(runs: dict[str, tuple[int, int]], about: dict) -> list[str]:
                 "precision": "float32", "finetune_images": 12800, "finetune_lr": 0.02, "scratch_epochs": 8,
                 "scratch_images": 12800, "weights": None}  # fmt: skip
     own = " ".join(
-        f"--{name.replace('_', '-')} {options[name]}" for name in defaults if options[name] != defaults[name]
+        f"--{name.replace('_', '-')} {options[name]}"
+        for name in defaults
+        if options.get(name, defaults[name]) != defaults[name]
     )
     data = options["data"]
     command = f"    python benchmarks/study.py --data {data}:PATH {own} --output runs/study --page docs/accuracy.md"

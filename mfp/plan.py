@@ -128,7 +128,8 @@ class FilterPlan:
                 that all that is left are plain layers.
                 ``"coupled"``: layers that meet in an addition or a product lose the same filters (their scores are
                 summed): plain additions of fewer channels. A group is left out as a whole when one of its layers is.
-                With ``"keep"`` and ``"coupled"`` convs with groups, and the layers in front of them, lose whole groups.
+                With ``"keep"`` and ``"coupled"`` convs with groups lose whole groups, together with the layer in front
+                of them; one that reads something else (a shuffle, a concatenation) stays whole.
             example_input: what the model takes, as for :func:`mfp.compact`; needed where that is not one image.
 
         Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -46,16 +45,18 @@ def select_filters(scores: FilterScores, criterion: str | Mapping[str, str] | No
     live, gone = scores.live, torch.zeros_like(torch.cat(own), dtype=torch.bool)
     if live is not None:
         gone = ~live.keep.to(gone.device)
-    shared: dict[int, Tensor] = {}  # the sum of the scores of layers that lose the same filters
+    shared: dict[int, tuple[Tensor, Tensor]] = {}  # of layers that lose the same filters: sum of scores, any lost
     for layer, score in zip(plan.layers, own, strict=True):
         if layer.group is not None:
-            shared[layer.group] = shared.get(layer.group, 0) + score.double()
+            total, lost = shared.get(layer.group, (0, False))
+            shared[layer.group] = total + score.double(), gone[layer.slice] | lost
     keep = []
     for layer, score in zip(plan.layers, own, strict=True):
-        score, lost = score if layer.group is None else shared[layer.group], gone[layer.slice]
-        count = layer.num_pruned if live is None else max(layer.num_pruned, int(lost.sum()))
-        units = score.masked_fill(lost, -torch.inf).view(-1, layer.unit).sum(1)
-        keep.append(lowest_pruned(units, math.ceil(count / layer.unit)).repeat_interleave(layer.unit))
+        total, lost = (score, gone[layer.slice]) if layer.group is None else shared[layer.group]
+        total, lost = total.view(-1, layer.unit).sum(1), lost.view(-1, layer.unit).any(1)
+        count = layer.num_pruned // layer.unit
+        count = count if live is None else max(count, int(lost.sum()))
+        keep.append(lowest_pruned(total.masked_fill(lost, -torch.inf), count).repeat_interleave(layer.unit))
     return FilterMask(plan, torch.cat(keep))
 
 

@@ -224,7 +224,7 @@ class _Reader:
             if node in self.layer:
                 name = self.layer[node]
                 parent.setdefault(name, name)
-                conv, before = self.modules[name], inputs[0]
+                conv, before = self.modules[name], inputs[0] if inputs else None
                 of_groups = isinstance(conv, CONVS) and conv.groups > 1
                 if of_groups and conv.in_channels == conv.out_channels and before:
                     parent[root(name)] = root(before)
@@ -237,11 +237,14 @@ class _Reader:
                         fixed |= {name, before}
                 owner[node] = name
             elif len(sources) > 1 and is_pointwise(node):
-                pairs = [pair for pair in zip(sources, inputs, strict=True) if not is_map(pair[0], node)]
+                widest = max((len(self.modules[name].weight) for name in inputs if name), default=0)
+                every = list(zip(sources, inputs, strict=True))
+                pairs = [pair for pair in every if not is_map(pair[0], node, widest)]
                 known = [name for _, name in pairs if name]
                 for name in known[1:]:
                     parent[root(name)] = root(known[0])
-                if known and len(known) < len(pairs):
+                scaled = packet(node) is aten.mul  # a channel of zeros stays one, whatever the map
+                if known and (len(known) < len(pairs) or (len(pairs) < len(every) and not scaled)):
                     fixed.add(known[0])
                 if packet(node) in (aten.add, aten.sub):
                     added.update(known)
@@ -274,10 +277,10 @@ def channels(node: fx.Node) -> int:
     return value.shape[-1] if packet(node) is aten.linear else value.shape[1]
 
 
-def is_map(source: fx.Node, result: fx.Node) -> bool:
-    """Whether a factor or a summand is one image for all channels: spatial attention."""
+def is_map(source: fx.Node, result: fx.Node, channels: int) -> bool:
+    """Whether an operand is one image for all channels: spatial attention."""
     shape, whole = source.meta["val"].shape, result.meta["val"].shape
-    return len(shape) == len(whole) > 2 and shape[1] == 1 != whole[1] and shape[2:] == whole[2:]
+    return len(shape) == len(whole) > 2 and shape[1] == 1 < whole[1] == channels and shape[2:] == whole[2:]
 
 
 def gates_with(source: fx.Node) -> bool:

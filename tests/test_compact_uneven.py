@@ -126,3 +126,13 @@ def test_slots_that_nobody_reads_never_reach_a_result(function, fold_bn):
     with torch.no_grad():
         assert difference(net(x), mfp.compact(net, x, fold_bn=fold_bn)(x)) < 1e-5
     assert fold_bn or small.b.out_channels == 15
+
+
+def test_of_a_quotient_that_nobody_reads_a_real_channel_is_left():
+    """Channel 0 is read of neither operand: divided there would be zero by zero."""
+    net = Net(lambda net, a, b: (net.r(a / (b.abs() + 1)), net.q(a), net.s(b)), r=nn.Conv2d(8, 4, 1),
+              q=without_inputs(nn.Conv2d(8, 4, 1), 0), s=without_inputs(nn.Conv2d(8, 4, 1), 0))  # fmt: skip
+    net.r.weight.data.zero_()
+    for fold_bn in (False, True):
+        small = mfp.compact(net.eval(), torch.randn(1, 3, 9, 9), fold_bn=fold_bn)
+        assert small(torch.randn(1, 3, 9, 9))[0].isfinite().all()

@@ -221,11 +221,14 @@ def test_convs_with_groups_lose_whole_groups(name, residual):
         assert layer.unit == wide[name].out_channels // wide[name].groups > 1
         assert layer.num_pruned == int(layer.num_filters * 0.4) // layer.unit * layer.unit
         assert plan.scaled(0.5)[name].num_pruned % layer.unit == 0
-    lost = mfp.FilterMask(plan, torch.rand(plan.num_filters) > 0.1)
-    keep = mfp.select_filters(mfp.score_filters(plan, ("l2_norm",), live=lost)).keep
-    for layer in plan.layers:  # of a group that has lost a filter before
-        groups = keep[layer.slice].view(-1, layer.unit)
-        assert (groups.all(1) == groups.any(1)).all()
+    live = mfp.FilterMask(plan, torch.rand(plan.num_filters) > 0.02)
+    mask = mfp.select_filters(mfp.score_filters(plan, ("l2_norm",), live=live))
+    assert not mask.keep[~live.keep].any()  # what was lost stays so, and takes its whole group along, in every layer
+    for name in wide:
+        layer, keep = plan[name], mask.layer(name)
+        assert torch.equal(keep, keep.view(-1, layer.unit).all(1).repeat_interleave(layer.unit))
+        alike = [mask.layer(other.name) for other in plan.layers if other.group == layer.group]
+        assert len(alike) > 1 and all(torch.equal(keep, other) for other in alike)
 
 
 def test_the_group_whose_filters_weigh_least_together_goes():
@@ -278,6 +281,14 @@ def test_spatial_attention_couples_nothing():
     plan = mfp.FilterPlan.from_model(Net(), 0.5, residual="coupled")
     assert {layer.name: layer.num_pruned for layer in plan.layers} == {"a": 8, "map": 0, "b": 4}
     assert plan["map"].group != plan["a"].group
+
+    class Added(Net):
+        def forward(self, x):
+            a = self.a(x)
+            return self.last(self.b(a + a.amax(1, keepdim=True)).mean((2, 3)))
+
+    plan = mfp.FilterPlan.from_model(Added(), 0.5, residual="coupled")  # what is added to a channel of zeros stays
+    assert "a" not in {layer.name for layer in plan.layers}
 
 
 def test_coupled_groups_are_left_out_as_a_whole():

@@ -125,6 +125,23 @@ def test_outputs_pointwise_linears_and_sums():
     assert groups["layer2.0.downsample.0"] == groups["layer2.0.conv2"] != groups["conv1"]
 
 
+def test_a_layer_that_reads_a_parameter_alone():
+    """Swin's table of positions goes through linear layers, whatever the image."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.linear = nn.Parameter(torch.randn(1, 5)), nn.Linear(5, 8)
+            self.conv, self.next, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            return self.last(self.next(self.conv(x) * self.linear(self.table).view(1, 8, 1, 1))).mean((2, 3))
+
+    for residual in ("index", "keep", "coupled"):
+        plan = mfp.FilterPlan.from_model(Net(), 0.5, residual=residual)
+        assert plan.layers[-1].name == "next"
+
+
 def test_an_example_is_needed_where_no_image_fits():
     class Two(nn.Module):
         def __init__(self):

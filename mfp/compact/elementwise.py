@@ -157,8 +157,9 @@ class Elementwise(Rule):
             wanted = first
         else:
             wanted = self.common_set(out, kept, sets) if tame else kept.nonzero().flatten()
-        if not len(wanted):
-            wanted = torch.zeros(1, dtype=torch.long)
+        if not len(wanted):  # one that all operands have, so that it is no slot
+            wanted = torch.stack([torch.isin(torch.arange(len(known)), ids) for ids in sets.values()]).all(0)
+            wanted = wanted.float().argmax(keepdim=True)
         pieces = {operand: out.align(operand, wanted, dim) for operand, dim in carriers.items()}
 
         def convert(source: fx.Node) -> Any:

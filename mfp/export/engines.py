@@ -136,5 +136,8 @@ def verify(
         theirs = [value for value in tree_leaves(network(*given)) if isinstance(value, Tensor)]
         if len(ours) != len(theirs):
             raise MfpError(f"{file}: {len(ours)} outputs in {engine}, {len(theirs)} in torch")
+        for mine, its in zip(ours, theirs, strict=True):
+            if mine.shape != its.shape:
+                raise MfpError(f"{file}: an output is {mine.shape} in {engine}, {tuple(its.shape)} in torch")
         found[batch] = largest_difference([torch.from_numpy(a) for a in ours], [value.double() for value in theirs])
     return found
