@@ -10,8 +10,8 @@ OLDEST := .venv-oldest
 OLDEST_PYTHON ?= python3.12
 OLDEST_TORCH := torch==2.11.0 torchvision==0.26.0 "numpy<2.4"
 OLDEST_TESTS := pytest pytest-benchmark pytest-xdist hypothesis scipy timm transformers
-CORE := ops versions scores mask optim scatter serving conv plan pruner files export compact compact_* cuda_logic \
-	compile_cuda triton_logic triton_compile
+CORE := ops versions scores mask optim scatter serving serving_norm_excite conv norm_excite plan pruner files export \
+	compact compact_* cuda_logic compile_cuda triton_logic triton_compile
 
 # One worker a core; whoever has nothing left to do takes over tests from another.
 WORKERS := --numprocesses logical --maxprocesses 16 --dist worksteal

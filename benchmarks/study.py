@@ -100,9 +100,8 @@ def _text(value: Any) -> str:
 
 def planned(options: argparse.Namespace) -> Iterator[Job]:
     """The runs of a study, cheap and telling ones first."""
-    uniform, allocated = [f"{rate:g}" for rate in options.rates], []
-    for share in options.flops:
-        allocated += [f"uniform, {share:g} of FLOPs", f"by layer, {share:g} of FLOPs"]
+    uniform = [f"{rate:g}" for rate in options.rates]
+    allocated = [f"{way}, {share:g} of FLOPs" for share in options.flops for way in ("uniform", "by layer")]
     trained = range(options.first_seed, options.training_seeds)
     for seed in range(options.first_seed, options.seeds):
         if "once" in options.stages:
@@ -322,10 +321,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--output", required=True, help="directory of the results")
-    add(
-        "--data",
-        help="as for mfp prune: fashion-mnist:PATH, cifar10:PATH, imagenet:PATH, dataset:package:function, ...",
-    )
+    add("--data", help="as for mfp prune: fashion-mnist:PATH, imagenet:PATH, dataset:package:function, ...")
     add("--download", action="store_true", help="allow fetching the data")
     add("--arch", default="resnet20", help="as for mfp prune")
     add("--weights", help="a trained network to start from, as for mfp prune; without, one is trained for each seed")

@@ -72,3 +72,18 @@ def difference(a, b) -> float:
     assert a.isfinite().all()
     assert a.std() > 0, "all values equal: the comparison would show nothing"
     return ((a - b).abs().max() / a.abs().max()).item()
+
+
+def served(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """The serving form, after comparing it with the model on other sizes than the example's."""
+    serving = mfp.compact(model.eval(), x[:1], fold_bn=True)
+    with torch.inference_mode():
+        for given in (x, x[:1], x[..., :-3].contiguous(memory_format=torch.channels_last)):
+            assert difference(model(given), serving(given)) < 1e-5
+            assert torch.equal(serving(given), serving(given)), "the input or a parameter was overwritten"
+    return serving
+
+
+def images(batch=3):
+    """What the small networks of the serving form's tests take."""
+    return torch.randn(batch, 6, 12, 12, generator=torch.Generator().manual_seed(1))

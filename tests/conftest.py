@@ -136,6 +136,17 @@ def pytest_runtest_setup(item):
     seed()
 
 
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request, monkeypatch):
+    """Each instruction set of the CPU's kernels that this machine has."""
+    from mfp import backend
+
+    levels, built = ["portable", "avx2", "avx512"], backend.build_info()
+    if built is None or levels.index(request.param) > levels.index(built["cpu_isa"]):
+        pytest.skip("mfp._C is not built" if built is None else f"this machine has no {request.param}")
+    monkeypatch.setenv("MFP_CPU_ISA", request.param)
+
+
 @pytest.fixture(scope="module")
 def three_threads():
     """For tests of compiled kernels: the work is shared among threads, whatever the machine and its workers."""
