@@ -108,21 +108,31 @@ def _saved(row: dict) -> str:
 
 
 def layers(rows: list[dict]) -> str:
-    """Convolutions by kernel and image: how many, and how fast in OpenVINO and in mfp."""
+    """For each engine milliseconds, dense → compact: of the convolutions by kernel and image, and of all else."""
+    dense, compact = ([row for row in rows if (row["form"] == "dense") == is_dense] for is_dense in (True, False))
+    engines = [key for key in ("onnxruntime", "openvino", "ms") if any(row.get(key) for row in rows)]
+    total = {key: sum(row.get(key, 0.0) for row in dense) for key in engines}
+
+    def line(title: str, chosen: Callable[[dict], bool]) -> list[str]:
+        found = [[row for row in form if chosen(row)] for form in (dense, compact)]
+        times = [[sum(row.get(key, 0.0) for row in form) for form in found] for key in engines]
+        macs = [f"{sum(row['gmacs'] * row['ms'] for row in form):.0f}" for form in found]
+        convs = sum(bool(row["convolution"]) for row in found[0])
+        cells = [f"{number(before)} → {number(after)}" if before or after else "" for before, after in times]
+        return [title, f"{convs or ''}", " → ".join(macs) if convs else "", *cells]
+
+    def is_large(row: dict) -> bool:
+        return not row["convolution"] and any(row.get(key, 0.0) > total[key] / 20 for key in engines[:-1])
+
     kinds = dict.fromkeys(row["convolution"] for row in rows if row["convolution"])
-    lines = []
-    for kind in kinds:
-        found = [row for row in rows if row["convolution"] == kind]
-        macs = sum(row["gmacs"] * row["ms"] for row in found)
-        times = [sum(row[key] for row in found) for key in ("openvino_ms", "ms")]
-        speeds = [text for ms in times for text in (number(ms), f"{macs / ms:.0f}")]
-        lines.append([kind, str(len(found)), f"{macs:.0f}", *speeds])
-    rest = [row for row in rows if not row["convolution"]]
-    lines.append(["all else", "", "", number(sum(row.get("openvino_ms", 0) for row in rest)), "",
-                  number(sum(row["ms"] for row in rest)), ""])  # fmt: skip
-    form = f"rate {rows[0]['rate']}, {rows[0]['residual']}" if rows[0]["rate"] else "dense"
-    header = (f"{name(rows[0]['arch'])}, batch {rows[0]['batch']}, {form}", "layers", "million multiply-adds")
-    return table([*header, "OpenVINO, ms", "GMAC/s", "mfp, ms", "GMAC/s"], lines)
+    operators = dict.fromkeys(row["layer"] for row in rows if is_large(row))  # those of an engine
+    lines = [line(kind, lambda row: row["convolution"] == kind) for kind in kinds]
+    lines += [line(operator, lambda row: row["layer"] == operator) for operator in operators]
+    lines.append(line("all else", lambda row: not row["convolution"] and row["layer"] not in operators))
+    lines.append(line("all", lambda row: True))
+    about = f"{name(rows[0]['arch'])}, batch {rows[0]['batch']}, rate {rows[0]['rate']}, {compact[0]['form']}"
+    names = [f"{'mfp' if key == 'ms' else name(key)}, ms" for key in engines]
+    return table([about, "layers", "million multiply-adds", *names], lines)
 
 
 def training(rows: list[dict]) -> str:

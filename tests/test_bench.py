@@ -1,6 +1,7 @@
 """`mfp bench`: it judges before it measures, and what it prints is whole. No time is asserted here."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -171,14 +172,15 @@ def test_layer_by_layer(bench_rows, monkeypatch):
     monkeypatch.setattr(layers, "SIZE", 32)
     monkeypatch.setattr(layers, "CALLS", 2)
     report, printed = bench_rows("--layers", "--arch", "resnet20", "--batch", "1,2", "--residual", "keep")
-    for batch in (1, 2):
-        rows = [row for row in report["rows"] if row["batch"] == batch]
+    for batch, form in itertools.product((1, 2), ("dense", "keep")):
+        rows = [row for row in report["rows"] if (row["batch"], row["form"]) == (batch, form)]
         convs = [row for row in rows if row["convolution"]]
         assert len(convs) == 7
-        assert all(row["ms"] > 0 for row in rows if row["layer"] != layers.OTHERS)
         assert all(row["gmacs"] > 0 for row in convs)
-        assert all(row["openvino_ms"] > 0 for row in convs)
         assert all(row["layer"] in printed for row in convs)
         assert {row["convolution"] for row in convs} == {"3x3 on 32x32", "3x3 on 16x16", "3x3 on 8x8"}
-        assert [row["openvino_ms"] > 0 for row in rows if row["layer"] == layers.OTHERS] == [True]
+        assert all(row[key] > 0 for row in convs for key in ("ms", "onnxruntime", "openvino"))
+        others = {row["layer"] for row in rows if not row["ms"]}
+        assert {"ONNX Runtime: Gemm", "OpenVINO: FullyConnected"} <= others
+        assert not others & {"ONNX Runtime: Conv", "OpenVINO: Convolution"}  # all of them found their layers
     assert "of the peak" in printed

@@ -1,4 +1,4 @@
-"""`mfp bench --layers`: where a serving form's time goes, layer by layer, and what OpenVINO takes for the same ones."""
+"""`mfp bench --layers`: where a serving form's time goes, layer by layer, and what engines take for the same ones."""
 
 from __future__ import annotations
 
@@ -24,39 +24,53 @@ from mfp.bench.results import machine
 from mfp.capture import exported_program
 from mfp.errors import MfpError
 from mfp.export import FORMATS, prepare
-from mfp.export.engines import environment, installed
+from mfp.export.engines import ENGINES, environment, installed
 from mfp.serving.network import ServingNetwork, record
 from mfp.train.models import build_model
 
 CALLS = 30
-OTHERS = "OpenVINO's other operators"
-CONVOLUTIONS = ("Convolution", "GroupConvolution")  # as OpenVINO calls them
+NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}  # those that are profiled
 
 
 def measure(
     arch: str, rate: float, batches: Sequence[int], console: Console, residual: str = "index"
 ) -> dict[str, Any]:
-    """Each layer of a network whose filters were pruned at ``rate`` (0: dense)."""
-    torch.manual_seed(0)
-    model, image = build_model(arch, 1000).eval(), torch.randn(1, 3, SIZE, SIZE)
-    if rate:
-        plan = mfp.FilterPlan.from_model(model, rate, residual=residual, channel_multiple=MULTIPLE)
-        mfp.prune_filters_(plan, "l2_norm")
-    serving = mfp.compact(model, image, fold_bn=True)
+    """Each layer of the dense network and of the one whose filters were pruned at ``rate`` (0: the dense one alone)."""
     limits, rows = Limits.measure(), []
     for batch in batches:
-        console.print(f"{arch}, batch {batch} ...", style="dim")
-        ours = time_layers(serving, image.repeat(batch, 1, 1, 1))
-        theirs = openvino_times(model, image, batch) if installed("openvino") else []
-        convolutions = [time for kind, time in theirs if kind in CONVOLUTIONS]
-        convs = [row for row in ours if row["convolution"]]
-        if len(convolutions) == len(convs):  # the same layers, in the same order
-            for row, milliseconds in zip(convs, convolutions, strict=True):
-                row["openvino_ms"] = milliseconds
-            rest = sum(time for kind, time in theirs if kind not in CONVOLUTIONS)
-            ours.append({"layer": OTHERS, "ms": 0.0, "gmacs": 0.0, "convolution": "", "openvino_ms": rest})
-        rows += [{"arch": arch, "batch": batch, **row} for row in ours]
-    return {"rate": rate, "residual": residual, "gmacs_at_most": limits.fmas / 1e9, "rows": rows}
+        for form in ("dense", residual) if rate else ("dense",):
+            console.print(f"{arch}, {form}, batch {batch} ...", style="dim")
+            rows += [{"arch": arch, "batch": batch, "form": form, **row} for row in _measure(arch, rate, form, batch)]
+    return {"rate": rate, "gmacs_at_most": limits.fmas / 1e9, "rows": rows}
+
+
+def _measure(arch: str, rate: float, form: str, batch: int) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    model, image = build_model(arch, 1000).eval(), torch.randn(1, 3, SIZE, SIZE)
+    if form != "dense":
+        plan = mfp.FilterPlan.from_model(model, rate, residual=form, channel_multiple=MULTIPLE)
+        mfp.prune_filters_(plan, "l2_norm")
+    rows = time_layers(mfp.compact(model, image, fold_bn=True), image.repeat(batch, 1, 1, 1))
+    for engine in filter(installed, NAMES):
+        rows += _beside(rows, engine, engine_times(engine, model, image, batch))
+    return rows
+
+
+def _beside(rows: list[dict[str, Any]], engine: str, times: list[tuple[str, str, float]]) -> list[dict[str, Any]]:
+    """Writes an engine's times into the rows of the same convs; returns rows for its other operators, by kind."""
+    convs = [row for row in rows if row["convolution"]]
+    others: dict[str, float] = {}
+    for operator, convolution, milliseconds in times:
+        same = next((row for row in convs if row["convolution"] == convolution), None)
+        if same is None:
+            others[operator] = others.get(operator, 0.0) + milliseconds
+        else:
+            same[engine] = milliseconds
+            convs.remove(same)
+    return [
+        {"layer": f"{NAMES[engine]}: {operator}", "ms": 0.0, "gmacs": 0.0, "convolution": "", engine: milliseconds}
+        for operator, milliseconds in others.items()
+    ]
 
 
 @torch.no_grad()
@@ -103,46 +117,46 @@ class Counter(torch.fx.Interpreter):
         return result
 
 
-def openvino_times(model: nn.Module, image: torch.Tensor, batch: int) -> list[tuple[str, float]]:
-    """(what it is, milliseconds) of each operator of the exported network, in the order in which they run."""
+def engine_times(engine: str, model: nn.Module, image: torch.Tensor, batch: int) -> list[tuple[str, str, float]]:
+    """(operator, which conv, milliseconds) of all that an engine runs of the exported network, in its order."""
     with tempfile.TemporaryDirectory() as directory:
         network, arguments, _ = prepare(model, image)
         program, _ = exported_program(network, arguments)
-        file = FORMATS[".xml"].write(program, Path(directory) / "network.xml")[0]
+        suffix = ENGINES[engine].suffix
+        file = FORMATS[suffix].write(program, Path(directory) / f"network{suffix}")[0]
         inputs = Path(directory) / "inputs.npz"
         np.savez(inputs, x=image.numpy())
-        script = Path(__file__).with_name("openvino_profile.py")
-        command = [sys.executable, script, file, inputs, batch, torch.get_num_threads(), CALLS]
+        script = Path(__file__).with_name("engine_profile.py")
+        command = [sys.executable, script, engine, file, inputs, batch, torch.get_num_threads(), CALLS]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment())
     if done.returncode:
-        raise MfpError(f"OpenVINO cannot run {model.__class__.__name__}: {done.stderr.strip().splitlines()[-1]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return [(kind, time / 1000) for _, kind, time in found]
+        raise MfpError(f"{engine} cannot run {model.__class__.__name__}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def print_table(report: dict[str, Any], console: Console) -> None:
-    """The layers of each batch, those that take longest first."""
-    for batch in dict.fromkeys(row["batch"] for row in report["rows"]):
-        rows = [row for row in report["rows"] if row["batch"] == batch]
+    """The layers of each batch and form, those that take longest first."""
+    for batch, form in dict.fromkeys((row["batch"], row["form"]) for row in report["rows"]):
+        rows = [row for row in report["rows"] if (row["batch"], row["form"]) == (batch, form)]
         total, macs = sum(row["ms"] for row in rows), sum(row["ms"] * row["gmacs"] for row in rows)
-        form = f"rate {report['rate']}, {report['residual']}"
-        table = Table(title=f"{rows[0]['arch']}, {form}, batch {batch}, {SIZE} x {SIZE}")
+        engines = [engine for engine in NAMES if any(engine in row for row in rows)]
+        about = form if form == "dense" else f"rate {report['rate']}, {form}"
+        table = Table(title=f"{rows[0]['arch']}, {about}, batch {batch}, {SIZE} x {SIZE}")
         table.add_column("layer")
-        for column in ("ms", "GMAC/s", "of the peak", "OpenVINO, ms"):
+        for column in ("ms", "GMAC/s", "of the peak", *(f"{NAMES[engine]}, ms" for engine in engines)):
             table.add_column(column, justify="right")
         for row in sorted(rows, key=lambda row: -row["ms"]):
-            theirs = f"{row['openvino_ms']:.3f}" if "openvino_ms" in row else ""
+            theirs = [f"{row[engine]:.3f}" if engine in row else "" for engine in engines]
             share = f"{row['gmacs'] / report['gmacs_at_most']:.0%}" if row["gmacs"] else ""
-            table.add_row(
-                row["layer"], f"{row['ms']:.3f}", f"{row['gmacs']:.0f}" if row["gmacs"] else "", share, theirs
-            )
+            speed = f"{row['gmacs']:.0f}" if row["gmacs"] else ""
+            table.add_row(row["layer"], f"{row['ms']:.3f}" if row["ms"] else "", speed, share, *theirs)
         table.add_section()
-        theirs = f"{sum(row.get('openvino_ms', 0) for row in rows):.3f}"
+        theirs = [f"{sum(row.get(engine, 0) for row in rows):.3f}" for engine in engines]
         gmacs = macs / total
-        table.add_row("all", f"{total:.3f}", f"{gmacs:.0f}", f"{gmacs / report['gmacs_at_most']:.0%}", theirs)
+        table.add_row("all", f"{total:.3f}", f"{gmacs:.0f}", f"{gmacs / report['gmacs_at_most']:.0%}", *theirs)
         console.print(table)
     console.print(
         f"{machine()}. Medians of {CALLS} calls; the peak: {report['gmacs_at_most']:.0f} GMAC/s of multiply-adds in "
-        "registers, measured now. By Winograd's algorithm a layer can exceed it. OpenVINO's time is that of the "
+        "registers, measured now. By Winograd's algorithm a layer can exceed it. An engine's time is that of the "
         "exported layer, whose joins are plain additions."
     )
