@@ -69,8 +69,11 @@ results: $(VENV)/installed  ## measure all of benchmarks/results/ anew, and writ
 		regnet_y_400mf; do \
 		$(BIN)/mfp bench --engines --arch $$arch --json $(RESULTS)/engines-$$arch.json || exit; done
 	$(BIN)/mfp bench --engines openvino,torch.compile --arch resnet18 --batch 8 --json $(RESULTS)/engines-torch-compile.json
-	$(BIN)/mfp bench --layers --arch resnet50 --batch 1 --rate 0 --json $(RESULTS)/layers-resnet50-dense.json
-	$(BIN)/mfp bench --layers --arch resnet50 --batch 1 --residual keep --json $(RESULTS)/layers-resnet50-keep.json
+	$(BIN)/mfp bench --layers --arch resnet50 --batch 1 --residual keep --json $(RESULTS)/layers-resnet50.json
+	for arch in densenet121 efficientnet_b0; do \
+		$(BIN)/mfp bench --layers --arch $$arch --batch 8 --residual keep --json $(RESULTS)/layers-$$arch.json || exit; done
+	for arch in mobilenet_v2 regnet_y_400mf; do \
+		$(BIN)/mfp bench --layers --arch $$arch --batch 8 --residual coupled --json $(RESULTS)/layers-$$arch.json || exit; done
 	$(BIN)/python benchmarks/compare_torch_pruning.py resnet18 resnet50 mobilenet_v2 regnet_y_400mf \
 		--json $(RESULTS)/torch_pruning.json
 	$(BIN)/python benchmarks/residual_forms.py --json $(RESULTS)/residual-forms.json

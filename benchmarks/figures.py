@@ -109,28 +109,28 @@ def _saved(row: dict) -> str:
 
 def layers(rows: list[dict]) -> str:
     """For each engine milliseconds, dense → compact: of the convolutions by kernel and image, and of all else."""
-    dense, compact = ([row for row in rows if (row["form"] == "dense") == is_dense] for is_dense in (True, False))
     engines = [key for key in ("onnxruntime", "openvino", "ms") if any(row.get(key) for row in rows)]
-    total = {key: sum(row.get(key, 0.0) for row in dense) for key in engines}
+    forms = list(dict.fromkeys(row["form"] for row in rows))
+    total = {key: sum(row.get(key, 0.0) for row in rows if row["form"] == forms[0]) for key in engines}
+    large = {row["layer"] for row in rows if any(row.get(key, 0.0) > total[key] / 20 for key in engines[:-1])}
+    groups: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: not row["convolution"]):
+        groups.setdefault(row["convolution"] or (row["layer"] if row["layer"] in large else "all else"), []).append(row)
+    groups |= {"all else": groups.pop("all else", []), "all": rows}
 
-    def line(title: str, chosen: Callable[[dict], bool]) -> list[str]:
-        found = [[row for row in form if chosen(row)] for form in (dense, compact)]
-        times = [[sum(row.get(key, 0.0) for row in form) for form in found] for key in engines]
-        macs = [f"{sum(row['gmacs'] * row['ms'] for row in form):.0f}" for form in found]
-        convs = sum(bool(row["convolution"]) for row in found[0])
-        cells = [f"{number(before)} → {number(after)}" if before or after else "" for before, after in times]
-        return [title, f"{convs or ''}", " → ".join(macs) if convs else "", *cells]
+    def arrow(group: list[dict], value: Callable[[dict], float]) -> str:
+        sums = [sum(value(row) for row in group if row["form"] == form) for form in forms]
+        return " → ".join(map(number, sums)) if any(sums) else ""
 
-    def is_large(row: dict) -> bool:
-        return not row["convolution"] and any(row.get(key, 0.0) > total[key] / 20 for key in engines[:-1])
-
-    kinds = dict.fromkeys(row["convolution"] for row in rows if row["convolution"])
-    operators = dict.fromkeys(row["layer"] for row in rows if is_large(row))  # those of an engine
-    lines = [line(kind, lambda row: row["convolution"] == kind) for kind in kinds]
-    lines += [line(operator, lambda row: row["layer"] == operator) for operator in operators]
-    lines.append(line("all else", lambda row: not row["convolution"] and row["layer"] not in operators))
-    lines.append(line("all", lambda row: True))
-    about = f"{name(rows[0]['arch'])}, batch {rows[0]['batch']}, rate {rows[0]['rate']}, {compact[0]['form']}"
+    lines = [
+        [
+            title, str(sum(bool(row["convolution"]) for row in group) // len(forms) or ""),
+            arrow(group, lambda row: row["gmacs"] * row["ms"]),
+            *(arrow(group, lambda row, key=key: row.get(key, 0.0)) for key in engines),
+        ]
+        for title, group in groups.items()
+    ]  # fmt: skip
+    about = f"{name(rows[0]['arch'])}, batch {rows[0]['batch']}, rate {rows[0]['rate']}, {' → '.join(forms)}"
     names = [f"{'mfp' if key == 'ms' else name(key)}, ms" for key in engines]
     return table([about, "layers", "million multiply-adds", *names], lines)
 

@@ -130,7 +130,7 @@ def _print_times(engine: str, file: Path, masked: Any, arguments: dict, report: 
             task = progress.add_task(f"measuring in {engine}", total=len(contestants) * engines.ROUNDS)
             advance = lambda: progress.advance(task)  # noqa: E731
             times = engines.measure(contestants, engines.one_image(arguments), batches, advance=advance)
-    table = Table(title=f"ms a call in {engine}, medians of {engines.ROUNDS} rounds, each in a process of its own")
+    table = Table(title=f"ms a call in {engine}, the fastest of {engines.ROUNDS} rounds, each in a process of its own")
     for column in ("", "multiply-adds", *(f"batch {size}" for size in batches)):
         table.add_column(column, justify="right" if column else "left")
     for label, found in times.items():

@@ -23,10 +23,12 @@ def small_jobs():
 
 
 @pytest.fixture
-def bench_rows(tmp_path, capsys):
+def bench_rows(tmp_path, capsys, monkeypatch):
     """Runs `mfp bench`; what its result file has, and what it printed."""
 
     def run(*arguments):
+        for name in bench.SWITCHES:
+            monkeypatch.delenv(name, raising=False)
         bench.main([*arguments, "--json", str(tmp_path / "bench.json")])
         found = results.read(tmp_path / "bench.json")
         assert found["command"] == " ".join(["mfp bench", *arguments])
@@ -167,10 +169,19 @@ def test_training_steps_of_the_networks(monkeypatch, capsys):
     assert "smaller, coupled" in capsys.readouterr().out
 
 
+def test_the_command_names_the_switches_that_change_speeds(monkeypatch):
+    for name in bench.SWITCHES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MFP_CPU_ISA", "avx2")
+    command = bench._command(["--arch", "resnet18", "--json", "file"])
+    assert command == "MFP_CPU_ISA=avx2 mfp bench --arch resnet18"
+
+
 def test_layer_by_layer(bench_rows, monkeypatch):
     monkeypatch.setattr(layers, "build_model", lambda name, classes: CifarResNet(8, classes))
     monkeypatch.setattr(layers, "SIZE", 32)
     monkeypatch.setattr(layers, "CALLS", 2)
+    monkeypatch.setattr(layers, "ROUNDS", 1)
     report, printed = bench_rows("--layers", "--arch", "resnet20", "--batch", "1,2", "--residual", "keep")
     for batch, form in itertools.product((1, 2), ("dense", "keep")):
         rows = [row for row in report["rows"] if (row["batch"], row["form"]) == (batch, form)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections.abc import Sequence
 
@@ -15,6 +16,12 @@ ENGINES_HELP = (
     "dense against compact in the engines that serve, instead: names with commas, of onnxruntime, openvino, mfp, "
     "torch.compile, tensorrt (default: the first three, as far as installed)"
 )
+SWITCHES = (
+    "MFP_CPU_ISA",
+    "MFP_WINOGRAD",
+    "MFP_BACKEND",
+    "ONEDNN_MAX_CPU_ISA",
+)  # in the environment, they change speeds
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -80,13 +87,14 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _command(arguments: Sequence[str]) -> str:
-    """As it was typed, but for --json, which changes no number."""
+    """As it was typed, but for --json, which changes no number; with the switches that do."""
     kept, skip = [], False
     for argument in arguments:
         if not (skip or argument.startswith("--json")):
             kept.append(argument)
         skip = argument == "--json"
-    return shlex.join(["mfp", "bench", *kept])
+    switches = [f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ]
+    return shlex.join([*switches, "mfp", "bench", *kept])
 
 
 def _with_settings(report: dict) -> list[dict]:

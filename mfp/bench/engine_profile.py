@@ -1,7 +1,7 @@
 """Times every operator of a file in one engine: a process of its own, started by layers.py.
 
-Prints [[operator, convolution, milliseconds], ...] in the order in which the operators run. ``convolution`` says which
-one it is ("3x3 on 14x14, groups"), "" for other operators.
+Prints [[operator, convolution, channels, milliseconds], ...] in the order in which the operators run. ``convolution``
+says which one it is ("3x3 on 14x14, groups"), "" for other operators; it reads so many channels in a group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 import numpy as np
 
 WARM_UP = 3
-Times = dict[tuple[str, str, str], list[float]]  # {(name, operator, convolution): milliseconds of each call}
+Times = dict[tuple[str, str, str, int], list[float]]  # {(name, and what is printed): milliseconds of each call}
 
 
 def openvino(file: str, values: list[np.ndarray], threads: int, calls: int) -> Times:
@@ -32,8 +32,8 @@ def openvino(file: str, values: list[np.ndarray], threads: int, calls: int) -> T
     convs = {}
     for node in compiled.get_runtime_model().get_ordered_ops():
         if node.get_rt_info()["layerType"].astype(str) == "Convolution":
-            (_, *weight), result = (list(port.get_shape()) for port in (node.inputs()[1], node.outputs()[0]))
-            convs[node.get_friendly_name()] = _convolution(weight[-2:], result, grouped=len(weight) == 4)
+            weight, result = (list(port.get_shape()) for port in (node.inputs()[1], node.outputs()[0]))
+            convs[node.get_friendly_name()] = _convolution(weight[-3:], result, grouped=len(weight) == 5)
     request = compiled.create_infer_request()
     times: Times = {}
     for number in range(calls + WARM_UP):
@@ -42,7 +42,7 @@ def openvino(file: str, values: list[np.ndarray], threads: int, calls: int) -> T
             continue
         for info in request.get_profiling_info():
             if info.status == engine.ProfilingInfo.Status.EXECUTED:
-                key = (info.node_name, info.node_type, convs.get(info.node_name, ""))
+                key = (info.node_name, info.node_type, *convs.get(info.node_name, ("", 0)))
                 times.setdefault(key, []).append(1e3 * info.real_time.total_seconds())
     return times
 
@@ -63,18 +63,21 @@ def onnxruntime(file: str, values: list[np.ndarray], threads: int, calls: int) -
     times: Times = {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            arguments, conv = event["args"], ""
+            arguments, conv = event["args"], ("", 0)
             if "Conv" in arguments["op_name"]:
                 shapes = *arguments["input_type_shape"][:2], arguments["output_type_shape"][0]
                 image, weight, result = (shape for part in shapes for shape in part.values())
-                conv = _convolution(weight[2:], result, grouped=image[1] >= 2 * weight[1])
-            times.setdefault((event["name"], arguments["op_name"], conv), []).append(event["dur"] / 1e3)
+                conv = _convolution(weight[1:], result, grouped=image[1] >= 2 * weight[1])
+            times.setdefault((event["name"], arguments["op_name"], *conv), []).append(event["dur"] / 1e3)
     return {key: found[WARM_UP:] for key, found in times.items()}
 
 
-def _convolution(kernel: list[int], result: list[int], grouped: bool) -> str:
-    """Named like those of layers.py."""
-    return "{} on {}".format(*("x".join(map(str, size)) for size in (kernel, result[2:]))) + ", groups" * grouped
+def _convolution(weight: list[int], result: list[int], grouped: bool) -> tuple[str, int]:
+    """Named like those of layers.py; and the channels that it reads in a group."""
+    channels, *kernel = weight
+    return "{} on {}".format(
+        *("x".join(map(str, size)) for size in (kernel, result[2:]))
+    ) + ", groups" * grouped, channels
 
 
 def main(engine: str, file: str, inputs: str, batch: int, threads: int, calls: int) -> None:
@@ -84,4 +87,5 @@ def main(engine: str, file: str, inputs: str, batch: int, threads: int, calls: i
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], *map(int, sys.argv[4:]))
+    name, network, images, *numbers = sys.argv[1:]
+    main(name, network, images, *map(int, numbers))

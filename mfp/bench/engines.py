@@ -130,8 +130,8 @@ def print_table(report: dict[str, Any], console: Console) -> None:
     console.print(table)
     about = ", ".join(str(value) for value in report["machine"].values())
     console.print(
-        f"{about}. Medians of {ROUNDS} rounds in turns, each engine in a process of its own. In brackets: time saved / "
-        "FLOPs saved in that engine. index: exported with plain additions, in mfp with joins by index."
+        f"{about}. The fastest call of {ROUNDS} rounds in turns, each engine in a process of its own. In brackets: "
+        "time saved / FLOPs saved in that engine. index: exported with plain additions, in mfp with joins by index."
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -105,7 +104,9 @@ def measure(
     contestants: dict[str, tuple[str, Path]], inputs: dict[str, np.ndarray], batches: Iterable[int] = (1,), *,
     rounds: int = ROUNDS, seconds: float = 1.0, device: str = "cpu", advance: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[int, float]]:  # fmt: skip
-    """{label: {batch: milliseconds a call}}, the medians of some rounds in which all have their turn.
+    """{label: {batch: milliseconds}}: the fastest call of some rounds in which all have their turn.
+
+    What else runs on a machine makes calls slower, never faster.
 
     Args:
         contestants: {label: (engine, file)}.
@@ -119,7 +120,7 @@ def measure(
             for batch, time in found.items():
                 times[label][batch].append(time)
             advance()
-    return {label: {batch: statistics.median(each) for batch, each in found.items()} for label, found in times.items()}
+    return {label: {batch: min(each) for batch, each in found.items()} for label, found in times.items()}
 
 
 @torch.no_grad()
