@@ -108,6 +108,12 @@ def _saved(row: dict) -> str:
 
 
 def layers(rows: list[dict]) -> str:
+    """A table for each batch size."""
+    batches = dict.fromkeys(row["batch"] for row in rows)
+    return "\n".join(_layers([row for row in rows if row["batch"] == batch]) for batch in batches)
+
+
+def _layers(rows: list[dict]) -> str:
     """For each engine milliseconds, dense → compact: of the convolutions by kernel and image, and of all else."""
     engines = [key for key in ("onnxruntime", "openvino", "ms") if any(row.get(key) for row in rows)]
     forms = list(dict.fromkeys(row["form"] for row in rows))

@@ -50,7 +50,7 @@ class PlannedLayer:
         offset: of its first filter on the plan's flat axis.
         followers: parameters masked together with its filters.
         group: layers of one group lose the same filters; None for a layer that is pruned alone.
-        unit: so many filters in a row go together: a group of a conv with groups.
+        unit: so many filters in a row go together: a group of a conv with groups, outside ``residual="index"``.
     """
 
     name: str
@@ -128,8 +128,8 @@ class FilterPlan:
                 that all that is left are plain layers.
                 ``"coupled"``: layers that meet in an addition or a product lose the same filters (their scores are
                 summed): plain additions of fewer channels. A group is left out as a whole when one of its layers is.
-                Convs with groups lose whole groups, together with the layer in front of them. One that reads something
-                else (a shuffle, a concatenation) stays whole, or loses filters one by one with ``"index"``.
+                With ``"keep"`` and ``"coupled"`` convs with groups lose whole groups, together with the layer in front
+                of them; one that reads something else (a shuffle, a concatenation) stays whole.
             example_input: what the model takes, as for :func:`mfp.compact`; needed where that is not one image.
 
         Raises:
@@ -243,11 +243,10 @@ def _groups(structure: Structure, residual: str) -> tuple[dict[str, int], set[in
     """(group of each layer that loses filters together with others, groups that can lose none)"""
     if residual == "coupled":
         return structure.groups, set(structure.fixed)
-    units, bound, fixed = structure.units, structure.bound, set(structure.fixed)
-    whole_groups = {name: group for name, group in structure.groups.items() if group in units and name not in bound}
     if residual == "keep":
-        return whole_groups, fixed
-    return {name: group for name, group in whole_groups.items() if group not in fixed}, set()
+        whole_groups = {n: g for n, g in structure.groups.items() if g in structure.units and n not in structure.bound}
+        return whole_groups, set(structure.fixed)
+    return {}, set()
 
 
 def _structure(model: nn.Module, example_input: Any, must_have: bool) -> Structure:

@@ -231,17 +231,17 @@ def test_convs_with_groups_lose_whole_groups(name, residual):
         assert len(alike) > 1 and all(torch.equal(keep, other) for other in alike)
 
 
-@pytest.mark.parametrize("residual", mfp.plan.RESIDUAL)
-def test_the_group_whose_filters_weigh_least_together_goes(residual):
+def test_the_group_whose_filters_weigh_least_together_goes():
     """[2, 2] [1, 4] [3, 0.5] in the layer in front, equal ones in the conv with groups."""
     front, behind = nn.Conv2d(3, 6, 1, bias=False), nn.Conv2d(6, 6, 1, groups=3, bias=False)
     model = nn.Sequential(front, behind, nn.Conv2d(6, 2, 1))
     front.weight.data = torch.tensor([2, 2, 1, 4, 3, 0.5]).view(6, 1, 1, 1).repeat(1, 3, 1, 1)
     behind.weight.data.fill_(1)
-    plan = mfp.FilterPlan.from_model(model, 0.4, residual=residual)
-    assert [layer.num_pruned for layer in plan.layers[:2]] == [2, 2]
+    plan = mfp.FilterPlan.from_model(model, 0.4, residual="keep")
+    assert [layer.num_pruned for layer in plan.layers] == [2, 2]
     keep = mfp.select_filters(mfp.score_filters(plan, ("l1_norm",))).keep
     assert keep.view(2, 3, 2)[:, 2].any() == False and keep.sum() == 8  # noqa: E712
+    assert mfp.FilterPlan.from_model(model, 0.4)["0"].unit == 1  # by index: filter by filter, as in the papers
 
 
 @pytest.mark.parametrize("residual", ["keep", "coupled"])

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write a result file, as those of benchmarks/results/")
     parser.add_argument("--overhead", action="store_true", help="what pruning adds to an ImageNet epoch, instead")
     parser.add_argument("--compact", action="store_true", help="dense against compact networks, instead")
-    parser.add_argument("--layers", action="store_true", help="the serving form layer by layer, instead")
+    parser.add_argument("--layers", action="store_true", help="each layer, dense and pruned, also in engines, instead")
     parser.add_argument("--training", action="store_true", help="training steps of the smaller network, instead")
     parser.add_argument("--engines", nargs="?", const="", metavar="NAMES", help=ENGINES_HELP)
     parser.add_argument("--batch", help="images in a batch, with commas (default: 8; of --engines and --layers 1,8)")

@@ -75,9 +75,8 @@ def onnxruntime(file: str, values: list[np.ndarray], threads: int, calls: int) -
 def _convolution(weight: list[int], result: list[int], grouped: bool) -> tuple[str, int]:
     """Named like those of layers.py; and the channels that it reads in a group."""
     channels, *kernel = weight
-    return "{} on {}".format(
-        *("x".join(map(str, size)) for size in (kernel, result[2:]))
-    ) + ", groups" * grouped, channels
+    size, image = "x".join(map(str, kernel)), "x".join(map(str, result[2:]))
+    return f"{size} on {image}{', groups' if grouped else ''}", channels
 
 
 def main(engine: str, file: str, inputs: str, batch: int, threads: int, calls: int) -> None:

@@ -24,7 +24,7 @@ from mfp.bench.results import machine
 from mfp.capture import exported_program
 from mfp.errors import MfpError
 from mfp.export import FORMATS, prepare
-from mfp.export.engines import ENGINES, environment, installed
+from mfp.export.engines import ENGINES, environment, installed, last_line
 from mfp.serving.network import ServingNetwork, record
 from mfp.train.models import build_model
 
@@ -46,9 +46,8 @@ def measure(
             console.print(f"{arch}, batch {batch} ...", style="dim")
             rounds = [[network.rows(batch) for network in networks.values()] for _ in range(ROUNDS)]  # in turns
             for form, found in zip(networks, zip(*rounds, strict=True), strict=True):
-                rows += [
-                    {"arch": arch, "batch": batch, "form": form, **medians(same)} for same in zip(*found, strict=True)
-                ]
+                same_layer = zip(*found, strict=True)
+                rows += [{"arch": arch, "batch": batch, "form": form, **medians(same)} for same in same_layer]
     return {"rate": rate, "gmacs_at_most": limits.fmas / 1e9, "rows": rows}
 
 
@@ -98,34 +97,16 @@ class Network:
                 convs = [row for row in convs if row is not nearest]
             else:
                 others[operator] = others.get(operator, 0.0) + milliseconds
-        return [
-            {
-                "layer": f"{NAMES[engine]}: {operator}",
-                "ms": 0.0,
-                "gmacs": 0.0,
-                "convolution": "",
-                "channels": 0,
-                engine: milliseconds,
-            }
-            for operator, milliseconds in others.items()
-        ]
+        none = {"ms": 0.0, "gmacs": 0.0, "convolution": "", "channels": 0}
+        return [{"layer": f"{NAMES[engine]}: {name}", **none, engine: time} for name, time in sorted(others.items())]
 
     def times(self, engine: str, batch: int) -> list[tuple[str, str, int, float]]:
         """(operator, which conv, its channels, milliseconds) of all that an engine runs."""
-        script = Path(__file__).with_name("engine_profile.py")
-        command = [
-            sys.executable,
-            script,
-            engine,
-            self.files[engine],
-            self.inputs,
-            batch,
-            torch.get_num_threads(),
-            CALLS,
-        ]
+        script, threads = Path(__file__).with_name("engine_profile.py"), torch.get_num_threads()
+        command = [sys.executable, script, engine, self.files[engine], self.inputs, batch, threads, CALLS]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment())
         if done.returncode:
-            raise MfpError(f"{engine} cannot run the network: {done.stderr.strip().splitlines()[-1]}")
+            raise MfpError(f"{engine} cannot run the network: {last_line(done)}")
         return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -84,14 +84,19 @@ def run_file(
         command = [sys.executable, WORKER, engine, file, given, made, ",".join(map(str, batches)), seconds, device]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment())
         if done.returncode:
-            last = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
-            raise MfpError(f"{engine} cannot run {file}: {last[-1].strip()}")
+            raise MfpError(f"{engine} cannot run {file}: {last_line(done)}")
         times = json.loads(done.stdout.splitlines()[-1])
         outputs: dict[int, list[np.ndarray]] = {batch: [] for batch in batches}
         with np.load(made) as stored:
             for name in stored.files:
                 outputs[int(name.partition(" ")[0])].append(stored[name])
         return {int(batch): time for batch, time in times.items()}, outputs
+
+
+def last_line(done: subprocess.CompletedProcess) -> str:
+    """What a process that failed has said at last."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
+    return lines[-1].strip()
 
 
 def environment() -> dict[str, str]:
