@@ -70,7 +70,7 @@ results: $(VENV)/installed  ## measure all of benchmarks/results/ anew, and writ
 		$(BIN)/mfp bench --engines --arch $$arch --json $(RESULTS)/engines-$$arch.json || exit; done
 	$(BIN)/mfp bench --engines openvino,torch.compile --arch resnet18 --batch 8 --json $(RESULTS)/engines-torch-compile.json
 	$(BIN)/mfp bench --layers --arch resnet50 --batch 1 --residual keep --json $(RESULTS)/layers-resnet50.json
-	for arch in densenet121 efficientnet_b0; do \
+	for arch in resnet18 densenet121 efficientnet_b0; do \
 		$(BIN)/mfp bench --layers --arch $$arch --batch 8 --residual keep --json $(RESULTS)/layers-$$arch.json || exit; done
 	for arch in mobilenet_v2 regnet_y_400mf; do \
 		$(BIN)/mfp bench --layers --arch $$arch --batch 8 --residual coupled --json $(RESULTS)/layers-$$arch.json || exit; done
