@@ -32,7 +32,7 @@ class Sensitivities:
 
     Attributes:
         loss: of the unpruned network, with BatchNorm statistics estimated in the same way.
-        losses: layer -> rate -> loss; layers that lose the same filters (``residual="coupled"``) are pruned together.
+        losses: layer -> rate -> loss; layers that lose the same filters are pruned together.
     """
 
     loss: float

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import nn
 
 from mfp import attributes
 from mfp.attributes import WithoutData
 from mfp.mask import FilterMask
-from mfp.plan import FilterPlan
+from mfp.plan import FilterPlan, PlannedLayer
 from mfp.scores import FilterScores
 from mfp.selection import select_filters
 from mfp.variants import Statistics
@@ -68,10 +69,15 @@ def choose(pruner: FilterPruner, plan: FilterPlan, hindsight: Callable[[nn.Modul
 
 
 def _choose_per_layer(measure: WithoutData, scores: FilterScores, masks: dict[str, FilterMask]) -> Choice:
-    chosen = {}
+    together: dict[str | int, list[PlannedLayer]] = {}  # layers that lose the same filters are ranked by one criterion
     for layer in scores.plan.layers:
-        own = {name: row[layer.slice] for name, row in scores.items()}
-        chosen[layer.name] = closest(1.0, {c: measure(own, m.keep[layer.slice]) for c, m in masks.items()})
+        together.setdefault(layer.name if layer.group is None else layer.group, []).append(layer)
+    chosen: dict[str, str] = {}
+    for layers in together.values():
+        own = {name: torch.cat([row[layer.slice] for layer in layers]) for name, row in scores.items()}
+        keep = {c: torch.cat([mask.keep[layer.slice] for layer in layers]) for c, mask in masks.items()}
+        criterion = closest(1.0, {c: measure(own, kept) for c, kept in keep.items()})
+        chosen |= {layer.name: criterion for layer in layers}
     mask = select_filters(scores, chosen)
     return Choice(chosen, mask, 1.0, measure(scores, mask.keep), {})
 

@@ -50,7 +50,7 @@ class PlannedLayer:
         offset: of its first filter on the plan's flat axis.
         followers: parameters masked together with its filters.
         group: layers of one group lose the same filters; None for a layer that is pruned alone.
-        unit: so many filters in a row go together: a group of a conv with groups, outside ``residual="index"``.
+        unit: so many filters in a row go together: a group of a conv with groups.
     """
 
     name: str
@@ -128,8 +128,9 @@ class FilterPlan:
                 that all that is left are plain layers.
                 ``"coupled"``: layers that meet in an addition or a product lose the same filters (their scores are
                 summed): plain additions of fewer channels. A group is left out as a whole when one of its layers is.
-                With ``"keep"`` and ``"coupled"`` convs with groups lose whole groups, together with the layer in front
-                of them; one that reads something else (a shuffle, a concatenation) stays whole.
+                Convs with groups lose whole groups, together with the layer in front of them. One that reads something
+                else (a shuffle, a concatenation) stays whole; with ``"index"`` it loses filters one by one, as do
+                layers of which one has another rate or is left out, and groups too wide for the rate.
             example_input: what the model takes, as for :func:`mfp.compact`; needed where that is not one image.
 
         Raises:
@@ -152,6 +153,9 @@ class FilterPlan:
         if residual == "keep":
             skipped |= structure.bound
         left_out = {name for name in convs if name not in rates and (name in outputs or name in skipped)}
+        if residual == "index":
+            wanted = {name: rates.get(name, 0.0 if name in left_out else rate) for name in convs.keys() - following}
+            group_of = _at_one_rate(group_of, structure.units, wanted, convs, channel_multiple)
         fixed |= {group_of[name] for name in left_out & group_of.keys()}
         left_out |= {name for name, group in group_of.items() if group in fixed}
 
@@ -243,10 +247,23 @@ def _groups(structure: Structure, residual: str) -> tuple[dict[str, int], set[in
     """(group of each layer that loses filters together with others, groups that can lose none)"""
     if residual == "coupled":
         return structure.groups, set(structure.fixed)
+    whole_groups = {n: g for n, g in structure.groups.items() if g in structure.units and n not in structure.bound}
     if residual == "keep":
-        whole_groups = {n: g for n, g in structure.groups.items() if g in structure.units and n not in structure.bound}
         return whole_groups, set(structure.fixed)
-    return {}, set()
+    return {name: group for name, group in whole_groups.items() if group not in structure.fixed}, set()
+
+
+def _at_one_rate(
+    group_of: Mapping[str, int], units: Mapping[int, int], rates: Mapping[str, float], convs: Mapping[str, nn.Module],
+    channel_multiple: int,
+) -> dict[str, int]:  # fmt: skip
+    """The groups whose layers all have one rate, by which a unit goes at least: joins by index bind no others."""
+    found: dict[int, set[tuple[float, int]]] = {}
+    for name in group_of.keys() & rates.keys():
+        group, filters = group_of[name], len(convs[name].weight)
+        pruned = count_pruned(filters, rates[name], math.lcm(channel_multiple, units[group]))
+        found.setdefault(group, set()).add((rates[name], pruned))
+    return {n: g for n, g in group_of.items() if len(found[g]) == 1 and all(pruned for _, pruned in found[g])}
 
 
 def _structure(model: nn.Module, example_input: Any, must_have: bool) -> Structure:
@@ -337,7 +354,7 @@ def _check_groups(layers: Sequence[PlannedLayer]) -> None:
         other = first.setdefault(layer.group, layer)
         if (other.num_filters, other.num_pruned) != (layer.num_filters, layer.num_pruned):
             raise MfpError(
-                f"coupled layers must lose equally many filters: {other.name!r} loses {other.num_pruned} of "
+                f"layers that lose filters together must lose equally many: {other.name!r} loses {other.num_pruned} of "
                 f"{other.num_filters}, {layer.name!r} {layer.num_pruned} of {layer.num_filters}; give both one rate"
             )
 

@@ -81,7 +81,8 @@ def select_mix(
     take part (rate 0 leaves a layer alone); source: He et al., arXiv 1811.00250, "FPGM-mix".
 
     Raises:
-        MfpError: a rate outside [0, 1), two rates that leave a layer empty, a criterion of the wrong family.
+        MfpError: a rate outside [0, 1), two rates that leave a layer empty, a criterion of the wrong family,
+            layers that lose filters together.
     """
     check_rate("rate_norm", rate_norm)
     check_rate("rate_distance", rate_distance)
@@ -89,7 +90,7 @@ def select_mix(
         if _criteria.criterion(name).family != family:
             raise MfpError(f"select_mix: {name!r} is not a {family} criterion")
     if any(layer.group is not None for layer in plan.layers):
-        raise MfpError("select_mix ranks each layer for itself; it does not take a plan whose layers are coupled")
+        raise MfpError("select_mix ranks each layer for itself; it does not take layers that lose filters together")
     layers = [layer for layer in plan.layers if layer.rate > 0]
     counts = [(int(layer.num_filters * rate_norm), int(layer.num_filters * rate_distance)) for layer in layers]
     for layer, (first, second) in zip(layers, counts, strict=True):
@@ -130,6 +131,8 @@ def prune_filters_(
     live: FilterMask | None = None,
 ) -> FilterMask:
     """Score, select and zero in one op: one launch on a GPU, one call on a CPU.
+
+    Layers that lose filters together are scored in one launch and selected by torch operators.
 
     >>> mask = mfp.prune_filters_(plan, criterion="l2_distance")
 

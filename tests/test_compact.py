@@ -15,8 +15,9 @@ from mfp.train.models import CifarResNet
 torch.set_num_threads(1)
 
 
-#: Grouped convs need equally many filters a group; ShuffleNet's shuffle and LayerNorm read all channels.
-KEEP_SOME = ("resnext", "regnet_x", "regnet_y", "shufflenet", "convnext")
+#: ShuffleNet's shuffle and LayerNorm read all channels; whole groups of the small ResNeXt are less than the rate.
+SAVE_LESS = ("resnext", "shufflenet", "convnext")
+KEEP_SOME = ("shufflenet", "convnext")
 
 
 #: BatchNorm left unmasked asks most of the rules; masked networks of the other families are in tests/test_zoo.py.
@@ -34,8 +35,9 @@ def test_compact_equals_masked(name, mask_bn, dtype, tolerance):
     other_size = torch.randn(2, 3, 80, 72, dtype=dtype)  # neither the example's batch nor its image size
     with torch.no_grad():
         assert difference(model(other_size), small(other_size)) < tolerance
-    assert small.report.flops_saved > (0.34 if name in KEEP_SOME else 0.45)
-    assert (small.report.kept_because == []) == (name not in KEEP_SOME)
+    assert small.report.flops_saved > (0.34 if name in SAVE_LESS else 0.45)
+    if "regnet" not in name:  # there a group is more than the rate, and filters that go one by one may fill up groups
+        assert (small.report.kept_because == []) == (name not in KEEP_SOME)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
 

@@ -204,18 +204,21 @@ def test_coupled_layers_share_one_mask():
     assert kinds == {"torch"}  # plain layers, no index joins
 
 
-@pytest.mark.parametrize("residual", ["keep", "coupled"])
+@pytest.mark.parametrize("residual", mfp.plan.RESIDUAL)
 @pytest.mark.parametrize("name", ["resnext", "regnet_x", "regnet_y"])
 def test_convs_with_groups_lose_whole_groups(name, residual):
     """And so do the layers in front of them: what is left are convs with the same number of channels to a group."""
     model = masked(NETWORKS[name](), 0.4, residual=residual)
+    plan = mfp.FilterPlan.from_model(model, 0.4, residual=residual)
     wide = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1}
+    if residual == "index":  # where a group is more than the rate filters go one by one
+        wide = {n: m for n, m in wide.items() if int(m.out_channels * 0.4) >= m.out_channels // m.groups}
     small = mfp.compact(model, torch.randn(1, 3, 64, 64))
     assert all(m.in_channels // m.groups == small.get_submodule(n).in_channels // small.get_submodule(n).groups
                for n, m in wide.items())  # fmt: skip
     assert any(small.get_submodule(n).groups < m.groups for n, m in wide.items())
-    assert not any(isinstance(m, SelectChannels | ExpandChannels) for m in small.modules())
-    plan = mfp.FilterPlan.from_model(model, 0.4, residual=residual)
+    if residual != "index":
+        assert not any(isinstance(m, SelectChannels | ExpandChannels) for m in small.modules())
     for name in wide:
         layer = plan[name]
         assert layer.unit == wide[name].out_channels // wide[name].groups > 1
@@ -231,22 +234,40 @@ def test_convs_with_groups_lose_whole_groups(name, residual):
         assert len(alike) > 1 and all(torch.equal(keep, other) for other in alike)
 
 
-def test_the_group_whose_filters_weigh_least_together_goes():
+@pytest.mark.parametrize("residual", mfp.plan.RESIDUAL)
+def test_the_group_whose_filters_weigh_least_together_goes(residual):
     """[2, 2] [1, 4] [3, 0.5] in the layer in front, equal ones in the conv with groups."""
     front, behind = nn.Conv2d(3, 6, 1, bias=False), nn.Conv2d(6, 6, 1, groups=3, bias=False)
     model = nn.Sequential(front, behind, nn.Conv2d(6, 2, 1))
     front.weight.data = torch.tensor([2, 2, 1, 4, 3, 0.5]).view(6, 1, 1, 1).repeat(1, 3, 1, 1)
     behind.weight.data.fill_(1)
-    plan = mfp.FilterPlan.from_model(model, 0.4, residual="keep")
+    plan = mfp.FilterPlan.from_model(model, 0.4, residual=residual)
     assert [layer.num_pruned for layer in plan.layers] == [2, 2]
     keep = mfp.select_filters(mfp.score_filters(plan, ("l1_norm",))).keep
     assert keep.view(2, 3, 2)[:, 2].any() == False and keep.sum() == 8  # noqa: E712
-    assert mfp.FilterPlan.from_model(model, 0.4)["0"].unit == 1  # by index: filter by filter, as in the papers
 
 
-@pytest.mark.parametrize("residual", ["keep", "coupled"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layer_rates": {"1": 0.5}}, {"layer_rates": {"0": 0.0}}, {"skip": ("1",)}, {"skip": ("0",)},
+        {"skip": ("0",), "layer_rates": {"1": 0.5}}, {"rate": 0.2},
+    ],
+)  # fmt: skip
+def test_joins_by_index_need_no_whole_groups(options):
+    """Where one of the two has another rate or is left out, or a group is more than the rate, filters go alone."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1, groups=3), nn.Conv2d(6, 2, 1))
+    plan = mfp.FilterPlan.from_model(model, **{"rate": 0.4, **options})
+    alone = {"0": 0.4, "1": 0.4} | dict.fromkeys(options.get("skip", ()), 0.0) | options.get("layer_rates", {})
+    for layer in plan.layers:
+        assert (layer.unit, layer.group) == (1, None)
+        assert layer.rate == options.get("rate", alone[layer.name])
+    assert {layer.name for layer in plan.layers if layer.rate} == {name for name, rate in alone.items() if rate}
+
+
+@pytest.mark.parametrize("residual", mfp.plan.RESIDUAL)
 def test_groups_that_no_layer_in_front_can_lose_stay_whole(residual):
-    """Behind the image, behind a shuffle, and where a group gives more channels than it reads."""
+    """Behind the image, behind a shuffle, and where a group gives more channels than it reads; by index not."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -261,7 +282,11 @@ def test_groups_that_no_layer_in_front_can_lose_stay_whole(residual):
             return self.last(torch.cat([self.wider(self.b(shuffled)), self.images(x)], 1))
 
     plan = mfp.FilterPlan.from_model(Net(), 0.4, residual=residual, example_input=torch.zeros(1, 4, 5, 5))
-    assert [layer.name for layer in plan.layers] == ["a"]
+    if residual == "index":
+        assert {layer.name for layer in plan.layers} == {"a", "shuffled", "b", "wider", "images"}
+        assert all((layer.unit, layer.group) == (1, None) for layer in plan.layers)
+    else:
+        assert [layer.name for layer in plan.layers] == ["a"]
 
 
 def test_spatial_attention_couples_nothing():
@@ -296,9 +321,11 @@ def test_coupled_groups_are_left_out_as_a_whole():
     plan = mfp.FilterPlan.from_model(model, residual="coupled", skip=("downsample",))
     names = {layer.name for layer in plan.layers}
     assert "layer2.0.conv1" in names and "layer2.0.conv2" not in names and "layer1.0.conv2" in names
-    with pytest.raises(mfp.MfpError, match="coupled layers must lose equally many filters: 'conv1' loses 25 of 64"):
+    with pytest.raises(
+        mfp.MfpError, match="layers that lose filters together must lose equally many: 'conv1' loses 25 of 64"
+    ):
         mfp.FilterPlan.from_model(model, residual="coupled", layer_rates={"layer1.0.conv2": 0.1})
-    with pytest.raises(mfp.MfpError, match="layers are coupled"):
+    with pytest.raises(mfp.MfpError, match="layers that lose filters together"):
         mfp.select_mix(plan, 0.1, 0.1)
 
 

@@ -222,6 +222,16 @@ def test_choice_per_layer():
     assert decision.mask.kept == {"0": 12, "4": 9}
 
 
+def test_layers_that_lose_filters_together_are_ranked_by_one_criterion():
+    """The second one alone would take the first criterion, since its filters weigh the same."""
+    front, behind = nn.Conv2d(3, 12, 3, bias=False), nn.Conv2d(12, 12, 3, groups=4, bias=False)
+    front.weight.data[9:] = 10 * front.weight.data[:9].sum(0)  # large, and in the middle of all directions
+    behind.weight.data.sign_()
+    model = nn.Sequential(front, behind, nn.Conv2d(12, 2, 1))
+    pruner = mfp.FilterPruner(model, attribute="sparsity", per_layer=True, criteria=("cosine_distance", "l1_norm"))
+    assert pruner.step(0).criterion == {"0": "l1_norm", "1": "l1_norm"}
+
+
 @pytest.mark.parametrize("mask_bn", [True, False])
 def test_soft_pruned_filters_learn_on_and_are_chosen_anew(mask_bn):
     """Also behind a zeroed BatchNorm and a ReLU, where no gradient would come through: its entries are restored."""

@@ -16,12 +16,8 @@ ENGINES_HELP = (
     "dense against compact in the engines that serve, instead: names with commas, of onnxruntime, openvino, mfp, "
     "torch.compile, tensorrt (default: the first three, as far as installed)"
 )
-SWITCHES = (
-    "MFP_CPU_ISA",
-    "MFP_WINOGRAD",
-    "MFP_BACKEND",
-    "ONEDNN_MAX_CPU_ISA",
-)  # in the environment, they change speeds
+# Of the environment: they change speeds.
+SWITCHES = ("MFP_CPU_ISA", "MFP_WINOGRAD", "MFP_BACKEND", "ONEDNN_MAX_CPU_ISA")
 
 
 def main(arguments: Sequence[str]) -> None:
