@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor, fx, nn
 
 from mfp.attributes import Batches, mean_over_processes
 from mfp.errors import MfpError
-from mfp.mask import FilterMask
 from mfp.neighbours import Comparison
 from mfp.plan import FilterPlan, unwrap
 from mfp.scores import FilterScores, score_filters
@@ -28,19 +28,21 @@ CONTRACTIONS = {getattr(torch.ops.aten, name) for name in ("conv1d", "conv2d", "
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """The calibrated loss of a network in which one layer is pruned, the others whole.
+    """The calibrated loss of a network in which one layer is pruned, the others as they are.
 
     Attributes:
-        loss: of the unpruned network, with BatchNorm statistics estimated in the same way.
+        loss: of the network with all layers as they are, with BatchNorm statistics estimated in the same way.
         losses: layer -> rate -> loss; layers that lose the same filters are pruned together.
+        around: the rates that layers have already; the others are whole.
     """
 
     loss: float
     losses: dict[str, dict[float, float]]
+    around: Mapping[str, float] = field(default_factory=dict)
 
     def added(self, layer: str, rate: float) -> float:
         """How much the loss rises at any rate up to the highest that was measured; never less than at a lower rate."""
-        below, risen = 0.0, 0.0
+        below, risen = self.around.get(layer, 0.0), 0.0
         for measured, loss in sorted(self.losses[layer].items()):
             higher = max(risen, loss - self.loss if math.isfinite(loss) else BROKEN)
             if rate <= measured:
@@ -167,10 +169,15 @@ def measure_sensitivities(
     *,
     criterion: str = "l2_distance",
     rates: Sequence[float] = RATES,
+    around: Mapping[str, float] | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
     **plan_arguments: Any,
 ) -> Sensitivities:
-    """The loss with one layer pruned, for each layer and rate; arguments as for :func:`find_rates`.
+    """The loss with one layer pruned, for each layer and rate; other arguments as for :func:`find_rates`.
+
+    Args:
+        rates: at which the loss is measured.
+        around: rates of layers, of a network that is pruned already: the loss is that of pruning a layer further.
 
     What lies in front of the pruned layer is computed once for all of them. With torch.distributed running, each
     process brings its own batches, and all get the same losses.
@@ -179,33 +186,35 @@ def measure_sensitivities(
     plan = _plan(model, example_input, plan_arguments)
     scores = score_filters(plan, (criterion,))
     units = _units(model, example_input, plan_arguments)
-    return _sensitivities(scores, criterion, units, Variants(model, calibration), calibration, rates, advance=advance)
+    variants = Variants(model, calibration)
+    return _sensitivities(scores, criterion, units, variants, calibration, rates, around or {}, advance=advance)
 
 
 def _sensitivities(
     scores: FilterScores, criterion: str, units: list[list[str]], variants: Variants, calibration: Batches,
-    rates: Sequence[float] = RATES, mask_bn: bool = True,
+    rates: Sequence[float] = RATES, around: Mapping[str, float] = MappingProxyType({}), mask_bn: bool = True,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sensitivities:  # fmt: skip
     plan = scores.plan
-    whole = plan.with_rates(dict.fromkeys((layer.name for layer in plan.layers), 0.0))
-    masks: list[FilterMask | None] = [None]
+    start = plan.with_rates({layer.name: around.get(layer.name, 0.0) for layer in plan.layers})
+    masks = [select_filters(FilterScores(start, scores.by_name), criterion)]
     of_mask = {}  # equal ones (few filters, or rounded to the same number) are tried once
-    seen: dict[str, int] = {}
+    seen = {masks[0].digest: 0}
     for names in units:
         for rate in rates:
-            mask = select_filters(FilterScores(whole.with_rates(dict.fromkeys(names, rate)), scores.by_name), criterion)
-            number = 0 if mask.keep.all() else seen.setdefault(mask.digest, len(masks))
-            masks += [mask] if number == len(masks) else []
-            of_mask[names[0], rate] = number
+            if rate > around.get(names[0], 0.0):
+                rates_here = FilterScores(start.with_rates(dict.fromkeys(names, rate)), scores.by_name)
+                mask = select_filters(rates_here, criterion)
+                of_mask[names[0], rate] = number = seen.setdefault(mask.digest, len(masks))
+                masks += [mask] if number == len(masks) else []
     done = iter(range(1, len(masks) + 1))
     report = lambda: advance(next(done), len(masks))  # noqa: E731
     found = variants.run(masks, calibration, mask_bn=mask_bn, advance=report)
     losses = {
-        name: {rate: found[of_mask[names[0], rate]].metrics["loss"] for rate in rates}
+        name: {rate: found[of_mask[names[0], rate]].metrics["loss"] for rate in rates if (names[0], rate) in of_mask}
         for names in units for name in names
     }  # fmt: skip
-    return Sensitivities(found[0].metrics["loss"], losses)
+    return Sensitivities(found[0].metrics["loss"], losses, dict(around))
 
 
 class Allocator:
@@ -365,15 +374,16 @@ def _shares(
 def _path(
     sensitivities: Sensitivities, units: list[list[str]], cost: Tensor, filters: Tensor, inputs: Tensor
 ) -> list[list[float]]:
-    """Rates of the units, rising in steps from none at all to the highest: at each place the unit rises next that adds
-    least loss for what it saves, to whichever measured rate is best."""
+    """Rates of the units, rising in steps from those that they have to the highest: at each place the unit rises next
+    that adds least loss for what it saves, to whichever measured rate is best."""
     missing = [names[0] for names in units if names[0] not in sensitivities.losses]
     if missing:
         raise MfpError(f"the sensitivities are of another plan: layer {missing[0]!r} is not among them")
-    rates, path = torch.zeros(len(units), dtype=torch.float64), [[0.0] * len(units)]
+    path = [[sensitivities.around.get(names[0], 0.0) for names in units]]
+    rates = torch.tensor(path[0], dtype=torch.float64)
     added = [
-        {0.0: 0.0} | {rate: sensitivities.added(names[0], rate) for rate in sensitivities.losses[names[0]]}
-        for names in units
+        {path[0][number]: 0.0} | {rate: sensitivities.added(names[0], rate) for rate in sensitivities.losses[names[0]]}
+        for number, names in enumerate(units)
     ]
     while True:
         left_filters, left_inputs = 1 - filters @ rates, 1 - inputs @ rates

@@ -163,9 +163,10 @@ def _config(name: str, module: nn.Module) -> dict[str, Any]:
     if MODULES.get(cls.__name__) is not cls:
         kind = f"{cls.__module__}.{cls.__name__}"
         raise MfpError(f"cannot save: layer '{name}' is a {kind}, which mfp.load could not build")
-    kinds = [kind for kind in cls.__mro__ if kind is cls or issubclass(kind, nn.Conv2d)]
+    kinds = [kind for kind in cls.__mro__ if kind is cls or issubclass(kind, nn.Conv2d | nn.Linear)]
     keys = [key for kind in kinds for key in inspect.signature(kind.__init__).parameters]
-    takes_flag = cls.__module__.startswith("torch.") or isinstance(module, nn.Conv2d)  # bias is True or False there
+    # bias is True or False there
+    takes_flag = cls.__module__.startswith("torch.") or isinstance(module, nn.Conv2d | nn.Linear)
     config: dict[str, Any] = {}
     for key in keys:
         value = getattr(module, key, inspect.Parameter.empty)

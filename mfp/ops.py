@@ -311,6 +311,33 @@ def depthwise_conv2d(
     return torch.ops.mfp.depthwise_conv2d(input, weights, bias, stride, padding, dilation, activation)
 
 
+def pointwise_depthwise_conv2d(
+    input: Tensor,
+    pointwise_weights: Tensor,
+    pointwise_bias: Tensor,
+    pointwise_activation: str,
+    channels: int,
+    weights: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str = "none",
+) -> Tensor:
+    """:func:`conv2d` with a 1x1 kernel and :func:`depthwise_conv2d` of its result, which goes to no memory: same bits.
+
+    Args:
+        input: float32 ``[B, C, H, W]``, at least a pixel.
+        pointwise_weights, pointwise_bias: from :func:`~mfp.conv_weights.pack_conv2d`.
+        channels: between the two, and of the result.
+        weights, bias, stride, padding, dilation, activation: of the depthwise one.
+    """
+    return torch.ops.mfp.pointwise_depthwise_conv2d(
+        input, pointwise_weights, pointwise_bias, pointwise_activation, channels, weights, bias, stride, padding,
+        dilation, activation,
+    )  # fmt: skip
+
+
 def conv2d_join_(
     residual: Tensor,
     input: Tensor,

@@ -231,6 +231,25 @@ def depthwise_conv2d(
     return ACTIVATIONS[activation](out).contiguous(memory_format=torch.channels_last)
 
 
+def pointwise_depthwise_conv2d(
+    input: Tensor,
+    pointwise_weights: Tensor,
+    pointwise_bias: Tensor,
+    pointwise_activation: str,
+    channels: int,
+    weights: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """The op ``mfp::pointwise_depthwise_conv2d``."""
+    geometry = (1, 1), (0, 0), (1, 1)
+    between = conv2d(input, pointwise_weights, pointwise_bias, channels, *geometry, pointwise_activation)
+    return depthwise_conv2d(between, weights, bias, stride, padding, dilation, activation)
+
+
 def conv2d_join_(
     residual: Tensor,
     input: Tensor,

@@ -26,6 +26,8 @@ conv2d(Tensor input, Tensor weights, Tensor bias, int filters, int[] stride, int
 str activation, bool winograd=False) -> Tensor
 depthwise_conv2d(Tensor input, Tensor weights, Tensor bias, int[] stride, int[] padding, int[] dilation, \
 str activation) -> Tensor
+pointwise_depthwise_conv2d(Tensor input, Tensor pointwise_weights, Tensor pointwise_bias, str pointwise_activation, \
+int channels, Tensor weights, Tensor bias, int[] stride, int[] padding, int[] dilation, str activation) -> Tensor
 conv2d_join_(Tensor(a!) residual, Tensor input, Tensor weights, Tensor bias, Tensor index, int[] stride, \
 int[] padding, int[] dilation, bool relu, bool winograd=False) -> ()
 batch_norm(Tensor[] inputs, Tensor scale, Tensor shift, str activation) -> Tensor
@@ -67,6 +69,12 @@ def _(input, weights, bias, filters, stride, padding, dilation, activation, wino
 def _(input, weights, bias, stride, padding, dilation, activation):
     sizes = conv2d_sizes(input.shape[2:], weights.shape[:2], stride, padding, dilation)
     return _channels_last(input, input.shape[1], sizes)
+
+
+@torch.library.register_fake("mfp::pointwise_depthwise_conv2d", lib=_library)
+def _(input, pointwise_weights, pointwise_bias, pointwise_activation, channels, weights, bias, *geometry):
+    *geometry, _ = geometry
+    return _channels_last(input, channels, conv2d_sizes(input.shape[2:], weights.shape[:2], *geometry))
 
 
 def _channels_last(input: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mfp.serving.network import ServingNetwork, record
 from mfp.train.models import build_model
 
 ROUNDS, CALLS = 3, 10
+THEN = ", then "  # between two convs that are computed in one
 NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}  # those that are profiled
 
 
@@ -87,17 +89,21 @@ class Network:
 
     def _beside(self, rows: list[dict[str, Any]], engine: str, batch: int) -> list[dict[str, Any]]:
         """Writes an engine's times into the rows of the same convs; returns rows for its other operators, by kind."""
-        convs = [row for row in rows if row["convolution"]]
+        convs = [
+            (row, convolution, int(channels))
+            for row in rows if row["convolution"]
+            for convolution, channels in zip(row["convolution"].split(THEN), row["channels"].split(THEN), strict=True)
+        ]  # fmt: skip
         others: dict[str, float] = {}
         for operator, convolution, channels, milliseconds in self.times(engine, batch):
-            same = [row for row in convs if row["convolution"] == convolution]
+            same = [conv for conv in convs if conv[1] == convolution]
             if same:  # branches may run in another order
-                nearest = min(same, key=lambda row: abs(row["channels"] - channels))
-                nearest[engine] = milliseconds
-                convs = [row for row in convs if row is not nearest]
+                nearest = min(same, key=lambda conv: abs(conv[2] - channels))
+                nearest[0][engine] = nearest[0].get(engine, 0.0) + milliseconds
+                convs.remove(nearest)
             else:
                 others[operator] = others.get(operator, 0.0) + milliseconds
-        none = {"ms": 0.0, "gmacs": 0.0, "convolution": "", "channels": 0}
+        none = {"ms": 0.0, "gmacs": 0.0, "convolution": "", "channels": ""}
         return [{"layer": f"{NAMES[engine]}: {name}", **none, engine: time} for name, time in sorted(others.items())]
 
     def times(self, engine: str, batch: int) -> list[tuple[str, str, int, float]]:
@@ -125,10 +131,11 @@ def time_layers(serving: ServingNetwork, x: torch.Tensor) -> list[dict[str, Any]
     for name, seconds in zip(recording.steps, zip(*runs, strict=True), strict=True):
         times[name] = times.get(name, 0.0) + 1000 * statistics.median(seconds)
     counter = Counter(serving)
-    counter.run(x)
+    with torch.enable_grad():  # then each layer is called by itself
+        counter.run(x)
     return [
         {"layer": name, "ms": ms, "gmacs": counter.macs.get(name, 0) / 1e6 / ms,
-         "convolution": counter.convs.get(name, ""), "channels": counter.channels.get(name, 0)}
+         "convolution": THEN.join(counter.convs.get(name, ())), "channels": THEN.join(counter.channels.get(name, ()))}
         for name, ms in times.items()
     ]  # fmt: skip
 
@@ -139,21 +146,29 @@ class Counter(torch.fx.Interpreter):
     def __init__(self, network: torch.fx.GraphModule) -> None:
         super().__init__(network)
         self.macs: dict[str, int] = {}
-        self.convs: dict[str, str] = {}  # what they are: "3x3 on 14x14"
-        self.channels: dict[str, int] = {}  # of their inputs, in a group
+        self.convs: dict[str, list[str]] = {}  # what they are: "3x3 on 14x14"
+        self.channels: dict[str, list[str]] = {}  # of their inputs, in a group
 
     def run_node(self, node: torch.fx.Node) -> Any:
-        result = super().run_node(node)
         layer = self.module.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(layer, nn.Conv2d):
-            self.macs[node.name] = result[:, 0].numel() * layer.weight.numel()
-            grouped = ", groups" if layer.groups > 1 else ""
+        parts = [part for part in (layer.modules() if layer else ()) if isinstance(part, nn.Conv2d | nn.Linear)]
+        hooks = [part.register_forward_hook(partial(self.count, node.name)) for part in parts]
+        try:
+            return super().run_node(node)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def count(self, name: str, layer: nn.Conv2d | nn.Linear, inputs: Any, result: torch.Tensor) -> None:
+        """Adds a layer of a node, which may have two of them."""
+        if isinstance(layer, nn.Linear):
+            macs = result[..., 0].numel() * layer.weight.numel()
+        else:
+            macs = result[:, 0].numel() * layer.weight.numel()
             kernel, image = ("x".join(map(str, size)) for size in (layer.kernel_size, result.shape[2:]))
-            self.convs[node.name] = f"{kernel} on {image}{grouped}"
-            self.channels[node.name] = layer.weight.shape[1]
-        elif isinstance(layer, nn.Linear):
-            self.macs[node.name] = result[..., 0].numel() * layer.weight.numel()
-        return result
+            self.convs.setdefault(name, []).append(f"{kernel} on {image}{', groups' if layer.groups > 1 else ''}")
+            self.channels.setdefault(name, []).append(str(layer.weight.shape[1]))
+        self.macs[name] = self.macs.get(name, 0) + macs
 
 
 def print_table(report: dict[str, Any], console: Console) -> None:

@@ -65,7 +65,29 @@ ONEDNN_ACTIVATIONS: dict[str, tuple[str, list[float]]] = {
 WINOGRAD_PIXELS = 49  # of the input, at least
 
 
-class ServingConv2d(nn.Conv2d):
+class PackedOnce(nn.Module):
+    """A layer whose weight and bias are kept in another form as well, made when it is needed first."""
+
+    weight: Tensor
+    bias: Tensor | None
+    _packed: tuple[tuple | None, Any, Any] = (None, None, None)  # state, weights, the parameters' memory
+
+    def packed(self, pack: Callable[..., Any], *sizes: Any) -> Any:
+        """``pack(*sizes)``, kept until the parameters or the sizes change."""
+        state, packed, _ = self._packed  # once: another thread may renew it
+        now = (*sizes, *version_of(self.weight), *version_of(self.bias))
+        if state != now:
+            with _disable_current_modes():  # what records the network's operators takes the result as it is
+                packed = pack(*sizes)
+            memory = [None if p is None else p.detach() for p in (self.weight, self.bias)]  # not to be given to others
+            self._packed = (now, packed, memory)
+        return packed
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_packed"}
+
+
+class ServingConv2d(PackedOnce, nn.Conv2d):
     """conv and activation in one, with the weight packed once for this processor: for serving on a CPU.
 
     Convs without groups and depthwise ones run as mfp's ops, others as oneDNN's. torch packs a plain conv's weight anew
@@ -73,8 +95,6 @@ class ServingConv2d(nn.Conv2d):
     without gradients and renewed when the parameters change; wherever it does not apply (gradients, export, other
     devices and dtypes), this is an ordinary conv and activation.
     """
-
-    _packed: tuple[tuple | None, Any, Any] = (None, None, None)  # state, weights, the parameters' memory
 
     def __init__(self, *args, activation: str = "none", **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -98,10 +118,17 @@ class ServingConv2d(nn.Conv2d):
 
     def runs_op(self, x: Tensor) -> bool:
         """Whether the call is one for mfp's op."""
-        is_depthwise = self.groups == self.in_channels == self.out_channels
-        if not (self.groups == 1 or is_depthwise) or not self.is_plain(x):
+        if not (self.groups == 1 or self.is_depthwise()) or not self.is_plain(x):
             return False
         return backends.choose(x.device).name == "cpu"
+
+    def is_depthwise(self) -> bool:
+        return self.groups == self.in_channels == self.out_channels
+
+    def is_pointwise(self) -> bool:
+        """Whether each output pixel is made of all channels of the same pixel of the input."""
+        plain = (self.kernel_size, self.stride, self.groups) == ((1, 1), (1, 1), 1)
+        return plain and self.padding in ((0, 0), "valid", "same")
 
     def is_plain(self, x: Tensor) -> bool:
         """Whether the call is one that packed weights can serve."""
@@ -121,17 +148,6 @@ class ServingConv2d(nn.Conv2d):
             return False
         return x.shape[2] * x.shape[3] >= WINOGRAD_PIXELS
 
-    def packed(self, pack: Callable[..., Any], *sizes: Any) -> Any:
-        """``pack(*sizes)``, kept until the parameters or the sizes change."""
-        state, packed, _ = self._packed  # once: another thread may renew it
-        now = (*sizes, *version_of(self.weight), *version_of(self.bias))
-        if state != now:
-            with _disable_current_modes():  # what records the network's operators takes the result as it is
-                packed = pack(*sizes)
-            memory = [None if p is None else p.detach() for p in (self.weight, self.bias)]  # not to be given to others
-            self._packed = (now, packed, memory)
-        return packed
-
     def pack(self, winograd: bool = False) -> tuple[Tensor, Tensor]:
         weight = self.weight.detach()
         return pack_conv2d(
@@ -147,8 +163,39 @@ class ServingConv2d(nn.Conv2d):
             weight, self.padding, self.stride, self.dilation, self.groups, shape
         )  # fmt: skip
 
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_packed"}
+
+class ServingLinear(PackedOnce, nn.Linear):
+    """A linear layer of vectors, as a 1x1 conv of images of one pixel: its weight is packed and read by all threads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = x.dim() == 2 and x.numel() > 0 and x.is_cpu and x.dtype == self.weight.dtype == torch.float32
+        if not (plain and only_runs() and backends.choose(x.device).name == "cpu") or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        geometry = (1, 1), (0, 0), (1, 1)
+        return ops.conv2d(x[:, :, None, None], *self.packed(self.pack), self.out_features, *geometry).flatten(1)
+
+    def pack(self) -> tuple[Tensor, Tensor]:
+        return pack_conv2d(self.weight.detach()[:, :, None, None], None if self.bias is None else self.bias.detach())
+
+
+class ServingPointwiseDepthwise2d(nn.Module):
+    """A 1x1 conv and the depthwise one that alone reads it, in one: what is between them stays in the caches."""
+
+    def __init__(self, pointwise: ServingConv2d | None = None, depthwise: ServingConv2d | None = None) -> None:
+        super().__init__()
+        self.register_module("pointwise", pointwise)  # a file's are put there when they are made
+        self.register_module("depthwise", depthwise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pointwise, depthwise = self.pointwise, self.depthwise
+        alike = depthwise.padding_mode == "zeros" and depthwise.weight.dtype == x.dtype
+        if not (alike and pointwise.runs_op(x)):
+            return depthwise(pointwise(x))
+        return ops.pointwise_depthwise_conv2d(
+            x, *pointwise.packed(pointwise.pack), pointwise.activation, pointwise.out_channels,
+            *depthwise.packed(depthwise.pack_depthwise), depthwise.stride, depthwise.padding, depthwise.dilation,
+            depthwise.activation,
+        )  # fmt: skip
 
 
 def version_of(tensor: Tensor | None) -> tuple:
@@ -239,4 +286,7 @@ class ServingJoin2d(ServingConv2d):
         return len(residual) == len(x) and list(residual.shape[2:]) == sizes
 
 
-SERVING_MODULES = (FusedJoin, ServingConv2d, ServingJoin2d, ServingNorm2d, ServingSqueezeExcite)
+SERVING_MODULES = (
+    FusedJoin, ServingConv2d, ServingJoin2d, ServingLinear, ServingNorm2d, ServingPointwiseDepthwise2d,
+    ServingSqueezeExcite,
+)  # fmt: skip

@@ -13,7 +13,15 @@ from torch.fx.passes.shape_prop import ShapeProp
 from mfp.capture import aliased_arguments, eval_mode
 from mfp.modules import ResidualJoin
 from mfp.serving.fold import fold_batchnorm, scale_and_shift
-from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d, ServingNorm2d, ServingSqueezeExcite
+from mfp.serving.modules import (
+    FusedJoin,
+    ServingConv2d,
+    ServingJoin2d,
+    ServingLinear,
+    ServingNorm2d,
+    ServingPointwiseDepthwise2d,
+    ServingSqueezeExcite,
+)
 from mfp.serving.network import ServingNetwork
 
 aten = torch.ops.aten
@@ -41,8 +49,10 @@ def prepare_for_serving(small: fx.GraphModule, arguments: dict[str, Any]) -> Ser
         fuse_joins(small)
         fuse_norms(small)
         pack_convs(small)
+        pack_linears(small)
         fuse_squeeze_excites(small)
         join_in_convs(small)
+        fuse_depthwise_convs(small)
         reuse_memory(small)
     small.graph.lint()
     return ServingNetwork(small, small.graph, type(small).__name__)  # with what it uses alone
@@ -162,6 +172,17 @@ def with_parameters_of(conv: nn.Conv2d, kind: type[ServingConv2d], **settings) -
     return new.train(conv.training)
 
 
+def pack_linears(small: fx.GraphModule) -> None:
+    """Linear layers of vectors become ServingLinear."""
+    for node in small.graph.nodes:
+        layer = small.get_submodule(node.target) if node.op == "call_module" else None
+        if type(layer) is nn.Linear and len(shape(node.args[0]) or ()) == 2:
+            with torch.device("meta"):
+                new = ServingLinear(layer.in_features, layer.out_features, layer.bias is not None)
+            new.weight, new.bias = layer.weight, layer.bias
+            replace_module(small, node.target, new.train(layer.training))
+
+
 def fuse_squeeze_excites(small: fx.GraphModule) -> None:
     """A product with gates that come from the means of what they multiply becomes a ServingSqueezeExcite."""
     modules = dict(small.named_modules())
@@ -169,8 +190,7 @@ def fuse_squeeze_excites(small: fx.GraphModule) -> None:
 
     def small_conv(node: fx.Node) -> ServingConv2d | None:
         conv = modules[node.target] if node.op == "call_module" and len(node.users) == 1 else None
-        alone = type(conv) is ServingConv2d and calls[node.target] == 1
-        return conv if alone and (conv.kernel_size, conv.stride, conv.groups) == ((1, 1), (1, 1), 1) else None
+        return conv if type(conv) is ServingConv2d and calls[node.target] == 1 and conv.is_pointwise() else None
 
     for node in list(small.graph.nodes):
         if node.target is not aten.mul.Tensor or node.kwargs or shape(node) is None or len(shape(node)) != 4:
@@ -238,6 +258,32 @@ def can_join(branch: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether the node is a conv that can add its result into a residual, read by one node alone."""
     conv = modules[branch.target] if branch.op == "call_module" else None
     return type(conv) is ServingConv2d and len(branch.users) == 1 and conv.groups == 1 and conv.activation == "none"
+
+
+def fuse_depthwise_convs(small: fx.GraphModule) -> None:
+    """A depthwise conv and the 1x1 conv that it alone reads become a ServingPointwiseDepthwise2d."""
+    modules = dict(small.named_modules())
+    calls = Counter(node.target for node in small.graph.nodes if node.op == "call_module")
+
+    def conv_of(node: Any) -> ServingConv2d | None:
+        found = modules[node.target] if isinstance(node, fx.Node) and node.op == "call_module" else None
+        plain = type(found) is ServingConv2d and not isinstance(found.padding, str) and calls[node.target] == 1
+        return found if plain else None
+
+    for node in list(small.graph.nodes):
+        depthwise, source = conv_of(node), node.args[0] if node.args else None
+        pointwise = conv_of(source) if depthwise is not None and depthwise.is_depthwise() else None
+        if pointwise is None or not pointwise.is_pointwise() or len(source.users) > 1:
+            continue
+        name = free_name(small, f"{node.name}_fused")
+        small.add_submodule(name, ServingPointwiseDepthwise2d(pointwise, depthwise).train(depthwise.training))
+        with small.graph.inserting_before(node):
+            new = small.graph.call_module(name, source.args)
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        for old in (node, source):
+            small.graph.erase_node(old)
+            small.delete_submodule(old.target)
 
 
 def replace_module(small: fx.GraphModule, target: str, module: nn.Module) -> None:

@@ -211,7 +211,63 @@ static void check_depthwise_convs(std::mt19937& random) {
   }
 }
 
+// The two in one pass: what the two kernels above give, one after the other.
+static void check_pointwise_depthwise(Conv pointwise, Conv depthwise, std::mt19937& random) {
+  const int64_t channels = pointwise.filters, width = (channels + kBlock - 1) / kBlock * kBlock;
+  pointwise.kernel[0] = pointwise.kernel[1] = pointwise.stride[0] = pointwise.stride[1] = 1;
+  pointwise.dilation[0] = pointwise.dilation[1] = 1;
+  depthwise.batch = pointwise.batch, depthwise.channels = depthwise.filters = channels;
+  for (int d = 0; d < 2; ++d) {
+    pointwise.out_size[d] = depthwise.size[d] = pointwise.size[d];
+    const int64_t reach = depthwise.dilation[d] * (depthwise.kernel[d] - 1);
+    depthwise.out_size[d] = (depthwise.size[d] + 2 * depthwise.padding[d] - reach - 1) / depthwise.stride[d] + 1;
+  }
+  const auto input = small_integers(pointwise.pixels() * pointwise.channels, random);
+  const auto first = small_integers(width * pointwise.channels, random), first_bias = small_integers(width, random);
+  const auto weights = small_integers(depthwise.taps() * width, random), bias = small_integers(width, random);
+  const std::vector<float> zeros(pointwise.channels);
+  pointwise.input = input.data(), pointwise.zeros = zeros.data();
+  pointwise.weights = first.data(), pointwise.bias = first_bias.data(), pointwise.activation.low = 0;
+  depthwise.weights = weights.data(), depthwise.bias = bias.data(), depthwise.activation.high = 50;
+  std::vector<float> between(pointwise.pixels() * channels), expected(depthwise.pixels() * channels);
+  pointwise.output = between.data(), depthwise.input = between.data(), depthwise.output = expected.data();
+  run_conv(pointwise, Isa::portable, 1);
+  portable::depthwise_rows(depthwise, 0, depthwise.batch * depthwise.out_size[0]);
+  pointwise.output = nullptr, depthwise.input = nullptr;
+  for (Isa isa : levels()) {
+    for (int threads : {1, 7}) {
+      std::vector<float> output(expected.size());
+      depthwise.output = output.data();
+      const PointwiseDepthwise convs(pointwise, depthwise, threads);
+      for (int64_t i = convs.tasks(); i-- > 0;) MFP_OF_ISA(isa, pointwise_depthwise_task)(convs, i);
+      expect(output == expected,
+             std::string("pointwise and depthwise conv ") + isa_name(isa) + " " + std::to_string(channels));
+    }
+  }
+}
+
+static void check_pointwise_depthwise_convs(std::mt19937& random) {
+  for (int64_t channels : {1, 15, 16, 40, 97, 150}) {
+    for (int64_t kernel : {1, 3, 5}) {
+      for (int64_t stride : {1, 2}) {
+        for (int64_t dilation : {1, 3}) {
+          check_pointwise_depthwise({.batch = 2, .channels = 5, .filters = channels, .size = {31, 9}},
+                                    {.kernel = {kernel, 3},
+                                     .stride = {stride, 1},
+                                     .padding = {kernel == 3 ? 40 : kernel / 2, 3},
+                                     .dilation = {dilation, 1}},
+                                    random);
+        }
+      }
+    }
+  }
+  // Rows so long that they are computed one at a time.
+  check_pointwise_depthwise({.batch = 1, .channels = 1, .filters = 40, .size = {4, 3300}},
+                            {.kernel = {3, 3}, .stride = {1, 2}, .padding = {1, 1}, .dilation = {1, 1}}, random);
+}
+
 void check_all_convs(std::mt19937& random) {
   check_convs(random);
   check_depthwise_convs(random);
+  check_pointwise_depthwise_convs(random);
 }

@@ -8,6 +8,7 @@
 // finite.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/activation.h"
@@ -25,8 +26,8 @@ struct Conv {
   const float* bias;  // [filters rounded up to 16]
   const float* zeros;  // [channels]: a pixel of the padding
   float* output;       // [batch, out height, out width, filters], or the residual [..., residual channels]
-  int64_t batch, channels, filters;
-  int64_t size[2], out_size[2];  // height, width
+  int64_t batch, channels, filters;  // depthwise: channels side by side in the input, in the output
+  int64_t size[2], out_size[2];      // height, width
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   Activation activation;
   bool winograd;  // the weights are those of Winograd's F(4x4, 3x3): 6 by 6 of them, for a 3x3 kernel of stride 1
@@ -54,6 +55,29 @@ struct ConvTasks {
   int64_t count() const { return tile_ranges * filter_ranges; }
 };
 
+// A 1x1 convolution and the depthwise one that alone reads it, some rows of the output at a time: what lies between
+// them stays in the caches, and is not written to memory.
+struct PointwiseDepthwise {
+  static constexpr int64_t kBand = 14, kChunk = 48;  // rows and channels that are worth a task
+
+  Conv pointwise, depthwise;
+  int64_t bands, chunks;  // of an image's rows, of channels
+
+  PointwiseDepthwise(const Conv& pointwise, const Conv& depthwise, int threads)
+      : pointwise(pointwise), depthwise(depthwise) {
+    const auto parts = [](int64_t wanted, int64_t there) {
+      return std::clamp(wanted, int64_t{1}, std::max(there, int64_t{1}));
+    };
+    const int64_t wanted = (threads + pointwise.batch - 1) / pointwise.batch;
+    bands = parts(wanted, depthwise.out_size[0] / kBand);  // between two of them rows are computed twice
+    chunks = parts((wanted + bands - 1) / bands, pointwise.filters / kChunk);
+  }
+  int64_t tasks() const { return pointwise.batch * bands * chunks; }
+  int64_t first_channel(int64_t chunk) const {  // at a block of the weights
+    return std::min((pointwise.filters + kBlock - 1) / kBlock * chunk / chunks * kBlock, pointwise.filters);
+  }
+};
+
 // conv_tasks: a grid with enough tasks for the threads. conv_task: computes one of them. The same for winograd_, where
 // the tiles are of 4x4 outputs. depthwise_rows: some rows of the output, of all images.
 #define MFP_DECLARE(isa)                                                                           \
@@ -63,6 +87,7 @@ struct ConvTasks {
   ConvTasks winograd_tasks(const Conv& conv, int threads);                                         \
   void winograd_task(const Conv& conv, const ConvTasks& tasks, int64_t task);                      \
   void depthwise_rows(const Conv& conv, int64_t first, int64_t last);                              \
+  void pointwise_depthwise_task(const PointwiseDepthwise& convs, int64_t task);                    \
   }
 MFP_DECLARE(portable)
 MFP_DECLARE(avx2)

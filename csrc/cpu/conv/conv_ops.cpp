@@ -1,4 +1,5 @@
-// conv2d, conv2d_join_ and depthwise_conv2d on CPU tensors. The schemas are in mfp/schemas.py.
+// conv2d, conv2d_join_, depthwise_conv2d and pointwise_depthwise_conv2d on CPU tensors. The schemas are in
+// mfp/schemas.py.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -98,17 +99,26 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weights, const at::
   return output;
 }
 
+// All of a depthwise convolution but its output, for images like the input's, of `channels`.
+Conv describe_depthwise(const char* op, const at::Tensor& input, int64_t channels, const at::Tensor& weights,
+                        const at::Tensor& bias, Sizes stride, Sizes padding, Sizes dilation,
+                        const std::string& activation) {
+  TORCH_CHECK(
+      weights.dim() == 3 && weights.is_contiguous() && weights.size(2) == (channels + kBlock - 1) / kBlock * kBlock, op,
+      ": input is ", input.sizes(), ", weights ", weights.sizes(), "; expected [kernel height, kernel width, ",
+      channels, " channels filled up to a multiple of 16], contiguous");
+  TORCH_CHECK(bias.dim() == 1 && bias.is_contiguous() && bias.numel() == weights.size(2), op, ": bias is ",
+              bias.sizes(), "; expected [", weights.size(2), "]");
+  Conv conv = describe(op, input, weights, bias, weights.sizes().slice(0, 2), stride, padding, dilation);
+  conv.channels = conv.filters = channels, conv.activation = activation_of(activation);
+  return conv;
+}
+
 at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, Sizes stride,
                             Sizes padding, Sizes dilation, const std::string& activation) {
-  TORCH_CHECK(input.dim() == 4 && weights.dim() == 3 && weights.is_contiguous() &&
-                  weights.size(2) == (input.size(1) + kBlock - 1) / kBlock * kBlock,
-              "depthwise_conv2d: input is ", input.sizes(), ", weights ", weights.sizes(),
-              "; expected [B, C, H, W] and [kernel height, kernel width, C filled up to a multiple of 16], contiguous");
-  TORCH_CHECK(bias.dim() == 1 && bias.is_contiguous() && bias.numel() == weights.size(2), "depthwise_conv2d: bias is ",
-              bias.sizes(), "; expected [", weights.size(2), "]");
-  Conv conv =
-      describe("depthwise_conv2d", input, weights, bias, weights.sizes().slice(0, 2), stride, padding, dilation);
-  conv.filters = conv.channels, conv.activation = activation_of(activation);
+  TORCH_CHECK(input.dim() == 4, "depthwise_conv2d: input is ", input.sizes(), "; expected [B, C, H, W]");
+  Conv conv = describe_depthwise("depthwise_conv2d", input, input.size(1), weights, bias, stride, padding, dilation,
+                                 activation);
   const at::Tensor rows = input.contiguous(at::MemoryFormat::ChannelsLast), output = empty_output(conv, input);
   conv.input = rows.const_data_ptr<float>(), conv.output = output.mutable_data_ptr<float>();
   if (conv.pixels() == 0 || conv.channels == 0) return output;
@@ -117,6 +127,29 @@ at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weights, 
   const int64_t tasks = std::min(out_rows, std::max(4 * threads, out_rows / kDepthwiseRows));
   run_tasks(tasks, threads,
             [&](int64_t task) { compute(conv, out_rows * task / tasks, out_rows * (task + 1) / tasks); });
+  return output;
+}
+
+at::Tensor pointwise_depthwise_conv2d(const at::Tensor& input, const at::Tensor& pointwise_weights,
+                                      const at::Tensor& pointwise_bias, const std::string& pointwise_activation,
+                                      int64_t channels, const at::Tensor& weights, const at::Tensor& bias, Sizes stride,
+                                      Sizes padding, Sizes dilation, const std::string& activation) {
+  const char* op = "pointwise_depthwise_conv2d";
+  const std::vector<int64_t> one = {1, 1}, none = {0, 0};
+  Conv pointwise = describe_full(op, input, pointwise_weights, pointwise_bias, channels, one, none, one, false);
+  TORCH_CHECK(pointwise.taps() == 1, op, ": the first weights are ", pointwise_weights.sizes(),
+              "; expected a kernel of 1x1");
+  Conv depthwise = describe_depthwise(op, input, channels, weights, bias, stride, padding, dilation, activation);
+  const at::Tensor rows = input.contiguous(at::MemoryFormat::ChannelsLast), output = empty_output(depthwise, input);
+  if (output.numel() == 0) return output;
+  const std::vector<float> zeros(pointwise.channels);
+  pointwise.zeros = zeros.data(), pointwise.input = rows.const_data_ptr<float>();
+  pointwise.activation = activation_of(pointwise_activation);
+  depthwise.output = output.mutable_data_ptr<float>();
+  const int threads = at::get_num_threads();
+  const PointwiseDepthwise convs(pointwise, depthwise, threads);
+  const auto task = MFP_OF_ISA(current_isa(), pointwise_depthwise_task);
+  run_tasks(convs.tasks(), threads, [&](int64_t number) { task(convs, number); });
   return output;
 }
 
@@ -148,6 +181,7 @@ TORCH_LIBRARY_IMPL(mfp, CPU, m) {
   m.impl("conv2d", &conv2d);
   m.impl("conv2d_join_", &conv2d_join_);
   m.impl("depthwise_conv2d", &depthwise_conv2d);
+  m.impl("pointwise_depthwise_conv2d", &pointwise_depthwise_conv2d);
 }
 
 }  // namespace mfp::cpu

@@ -68,7 +68,7 @@ inline void add_any_row(const Conv& conv, const float* x, const float* weights, 
 // last one begins where it ends with them, and computes a few for the second time.
 template <int kPixels, int kColumns, int kStride, bool kInside>
 void sum_group(const Conv& conv, const Group& group) {
-  const int64_t width = (conv.channels + kBlock - 1) / kBlock * kBlock;
+  const int64_t width = (conv.filters + kBlock - 1) / kBlock * kBlock;
   const int64_t count = std::min<int64_t>(kLanes, conv.channels);
   const Vec low = broadcast(conv.activation.low), high = broadcast(conv.activation.high);
   for (int64_t next = 0; next < conv.channels; next += kLanes) {
@@ -88,8 +88,8 @@ void sum_group(const Conv& conv, const Group& group) {
 #pragma GCC unroll 8
     for (int p = 0; p < kPixels; ++p) {
       const Vec sum = clamp_to(sums[p], low, high);
-      kColumns > 0 ? store(group.output + p * conv.channels + c, sum)
-                   : store_some(group.output + p * conv.channels + c, sum, count);
+      kColumns > 0 ? store(group.output + p * conv.filters + c, sum)
+                   : store_some(group.output + p * conv.filters + c, sum, count);
     }
   }
 }
@@ -126,11 +126,14 @@ void depthwise_rows(const Conv& shared, int64_t first, int64_t last) {
       const int64_t x = from * conv.stride[1] - conv.padding[1];
       const int64_t columns = (pixels - 1) * conv.stride[1] + (conv.kernel[1] - 1) * conv.dilation[1] + 1;
       const Group group = {conv.input + ((image * conv.size[0] + y) * conv.size[1] + x) * conv.channels,
-                           conv.output + (number * conv.out_size[1] + from) * conv.channels, taps_inside(conv, 0, row),
+                           conv.output + (number * conv.out_size[1] + from) * conv.filters, taps_inside(conv, 0, row),
                            -x, conv.size[1] - x};
       const bool inside = group.first <= 0 && group.last >= columns;
       sum_group_of(conv, static_cast<int>(pixels), inside, std::make_integer_sequence<int, kRowPixels>())(conv, group);
-      if (conv.activation.curve != Curve::none) bend(group.output, pixels * conv.channels, conv.activation.curve);
+      if (conv.activation.curve == Curve::none) continue;
+      for (int64_t p = 0; p < pixels; ++p) {
+        bend(group.output + p * conv.filters, conv.channels, conv.activation.curve);
+      }
     }
   }
 }
