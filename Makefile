@@ -7,7 +7,8 @@ BUILD_TOOLS := numpy ninja pybind11 wheel "setuptools>=77,<82"
 
 # The oldest that is supported, as on the machine whose GPU is used; Triton 3.6's interpreter needs the older numpy.
 OLDEST := .venv-oldest
-OLDEST_PYTHON ?= python3.12
+OLDEST_PYTHON ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python $(PYTHON); do \
+	$$python -c "" 2>/dev/null && echo $$python && break; done)
 OLDEST_TORCH := torch==2.11.0 torchvision==0.26.0 "numpy<2.4"
 OLDEST_TESTS := pytest pytest-benchmark pytest-xdist hypothesis scipy timm transformers
 CORE := ops versions scores mask optim scatter serving serving_norm_excite conv norm_excite plan pruner files export \

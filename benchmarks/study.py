@@ -35,13 +35,13 @@ from torch import nn
 from torch.utils.data import Subset
 
 import mfp
-from mfp.allocation import Sensitivities
 from mfp.atomic import write_atomically
 from mfp.attributes import WITHOUT_DATA, measure
 from mfp.bench.measure import machine
 from mfp.errors import MfpError
 from mfp.neighbours import trying
 from mfp.scores import FilterScores
+from mfp.sensitivity import Sensitivities
 from mfp.targets import Costs
 from mfp.train.config import RunConfig
 from mfp.train.data import ImageData, SeededDataset, derive_seed, epoch_order, load_data
@@ -135,16 +135,16 @@ class Study:
 
     def run(self) -> None:
         """Does what is missing."""
-        jobs = list(planned(self.options))
+        jobs, on = list(planned(self.options)), "{processor}, {date}, commit {commit}".format(**describe(self.options))
         missing = [job for job in jobs if not self.table.has(job)]
         self.reporter.say(f"{len(jobs) - len(missing)} of {len(jobs)} runs are there")
         for number, job in enumerate(missing, len(jobs) - len(missing) + 1):
             start = time.perf_counter()
             rows = getattr(self, f"run_{job.setting}")(job)
             seconds = time.perf_counter() - start
-            self.table.add([{**vars(job), **row, "seconds": seconds / len(rows)} for row in rows])
-            self.reporter.say(f"{number} of {len(jobs)}: {job.setting} {job.rates} {job.method}, seed {job.seed}, "
-                              f"{seconds:.0f} s")  # fmt: skip
+            self.table.add([{**vars(job), **row, "seconds": seconds / len(rows), "on": on} for row in rows])
+            about = f"{job.setting} {job.rates} {job.method}, seed {job.seed}, {seconds:.0f} s"
+            self.reporter.say(f"{number} of {len(jobs)}: {about}")
 
     # ---- the runs: each returns its rows
 

@@ -6,7 +6,7 @@ filters for good at the end.
 """
 
 from mfp import backend, ops, optim
-from mfp.allocation import RatesForTarget, Sensitivities, find_rates, measure_sensitivities
+from mfp.allocation import RatesForTarget, find_rates
 from mfp.attributes import recalibrate_batchnorm
 from mfp.compact import CompactReport, compact, compact_optimizer, flops
 from mfp.criteria import PAPER_CRITERIA
@@ -18,6 +18,7 @@ from mfp.plan import FilterPlan
 from mfp.pruner import Decision, FilterPruner
 from mfp.scores import FilterScores, score_filters
 from mfp.selection import prune_filters_, select_filters, select_mix
+from mfp.sensitivity import Sensitivities, measure_sensitivities
 from mfp.targets import RateForTarget, find_rate
 
 __version__ = "0.2.0"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,39 +16,21 @@ from mfp.neighbours import Comparison
 from mfp.plan import FilterPlan, unwrap
 from mfp.scores import FilterScores, score_filters
 from mfp.selection import select_filters
+from mfp.sensitivity import (
+    RATES,
+    Sensitivities,
+    checked_batches,
+    measure_sensitivities,
+    plan_of,
+    sensitivities_of,
+    units_of,
+)
 from mfp.targets import UNITS, Costs, Unreachable, cost_in_words, first_within
 from mfp.variants import Variants
 
-RATES = (0.15, 0.3, 0.45, 0.6, 0.75)  # at which the loss is measured; straight lines between them
 STEP = 0.01  # how finely rates are chosen
-BROKEN = 1e9  # added by a rate whose loss is no number
+ROUNDS = 5  # of measuring: on the way to the target the loss fell up to the fifth, and not beyond (ResNet-20)
 CONTRACTIONS = {getattr(torch.ops.aten, name) for name in ("conv1d", "conv2d", "conv3d", "linear")}
-
-
-@dataclass(frozen=True)
-class Sensitivities:
-    """The calibrated loss of a network in which one layer is pruned, the others as they are.
-
-    Attributes:
-        loss: of the network with all layers as they are, with BatchNorm statistics estimated in the same way.
-        losses: layer -> rate -> loss; layers that lose the same filters are pruned together.
-        around: the rates that layers have already; the others are whole.
-    """
-
-    loss: float
-    losses: dict[str, dict[float, float]]
-    around: Mapping[str, float] = field(default_factory=dict)
-
-    def added(self, layer: str, rate: float) -> float:
-        """How much the loss rises at any rate up to the highest that was measured; never less than at a lower rate."""
-        below, risen = self.around.get(layer, 0.0), 0.0
-        for measured, loss in sorted(self.losses[layer].items()):
-            higher = max(risen, loss - self.loss if math.isfinite(loss) else BROKEN)
-            if rate <= measured:
-                share = (rate - below) / (measured - below)
-                return risen + share * (higher - risen) if share > 0 else risen
-            below, risen = measured, higher
-        return risen
 
 
 @dataclass(frozen=True)
@@ -62,7 +43,7 @@ class RatesForTarget:
         asked: the target as an absolute cost.
         reached: the cost of the compact network at these rates.
         dense: the cost without pruning.
-        sensitivities: what the rates were chosen by.
+        sensitivities: of the unpruned network.
         channel_multiple: for the plan too: as given, or chosen by measuring where time is the target.
         tried: what was measured for each multiple that was tried, in words.
     """
@@ -92,6 +73,7 @@ def find_rates(
     engine: str = "mfp",
     criterion: str = "l2_distance",
     sensitivities: Sensitivities | None = None,
+    rounds: int = ROUNDS,
     say: Callable[[str], None] = lambda text: None,
     advance: Callable[[int, int], None] = lambda done, total: None,
     **plan_arguments: Any,
@@ -103,9 +85,11 @@ def find_rates(
 
     First each layer alone is pruned at the rates 0.15, 0.3, 0.45, 0.6 and 0.75, and the loss measured on the
     calibration batches, after BatchNorm's statistics were re-estimated on them. Then rates rise step by step, each time
-    of the layer whose next rise adds least loss per multiply-add saved, until the compact network costs what was asked
-    for. The cost of a step follows from the rates so far, since a filter less also saves inputs of the layers behind.
-    The model is left as it is.
+    of the layer whose next rise adds least loss per multiply-add saved. The cost of a step follows from the rates so
+    far, since a filter less also saves inputs of the layers behind. In equal steps on the way to the target the loss is
+    measured anew, of pruning one layer further in the network as the rates so far leave it: layers that are pruned
+    together cost more loss than each alone. The rates end where the compact network costs what was asked for. The model
+    is left as it is.
 
     Args:
         calibration: ``[(inputs, targets), ...]``; a thousand images are a good number. All of them are held at once.
@@ -113,9 +97,10 @@ def find_rates(
             ``"50%"``) or as a number (multiply-adds, parameters, milliseconds a forward pass).
         engine: where time is measured, as for :func:`mfp.find_rate`.
         criterion: which filters of a layer go.
-        sensitivities: of :func:`mfp.measure_sensitivities` or an earlier result, for another target.
+        sensitivities: of :func:`mfp.measure_sensitivities` or an earlier result, which are not measured again.
+        rounds: how often the loss is measured on the way to the target.
         say: is given a line about each network whose time was measured.
-        advance: is given the number of networks tried so far, and of all, while the sensitivities are measured.
+        advance: is given the number of networks tried so far, and of all, in each round.
         plan_arguments: ``skip``, ``layer_rates`` (of layers whose rate is settled), ``channel_multiple``, ``residual``
             of ``FilterPlan.from_model``.
 
@@ -125,10 +110,10 @@ def find_rates(
     """
     model = unwrap(model)
     targets = {"flops": flops, "parameters": parameters, "milliseconds": milliseconds}
-    calibration = _checked(calibration)
+    calibration = checked_batches(calibration)
     costs = Costs(model, example_input, targets, engine, criterion, say, plan_arguments)
-    plan = _plan(model, example_input, plan_arguments)
-    units = _units(model, example_input, plan_arguments)
+    plan = plan_of(model, example_input, plan_arguments)
+    units = units_of(model, example_input, plan_arguments)
 
     def cost(multiple: int, rates: Sequence[float]) -> float:
         return costs.of(multiple, rate=0.0, layer_rates=_layer_rates(plan, units, rates))
@@ -139,7 +124,16 @@ def find_rates(
             model, example_input, calibration, criterion=criterion, advance=advance, **plan_arguments
         )
     images = _two_images(calibration)
-    path = _path(sensitivities, units, *_shares(Variants(model, images), images, plan, units, costs.what))
+    shares = _shares(Variants(model, images), images, plan, units, costs.what)
+    path = _path(sensitivities, units, *shares)
+    for number in range(1, rounds):
+        least = (costs.asked / costs.dense) ** (number / rounds) * float(shares[0].sum())
+        index, _ = first_within(least, len(path) - 1, lambda i, path=path: _cost(path[i], *shares))
+        around = _layer_rates(plan, units, path[index])
+        further = measure_sensitivities(
+            model, example_input, calibration, criterion=criterion, around=around, advance=advance, **plan_arguments
+        )
+        path = _path(further, units, *shares)
     start: list[int] = []
 
     def search(multiple: int, near: RatesForTarget | None) -> RatesForTarget:
@@ -162,61 +156,6 @@ def find_rates(
     return costs.best_multiple(search, lambda found: {"rate": 0.0, "layer_rates": found.layer_rates})
 
 
-def measure_sensitivities(
-    model: nn.Module,
-    example_input: Any,
-    calibration: Batches,
-    *,
-    criterion: str = "l2_distance",
-    rates: Sequence[float] = RATES,
-    around: Mapping[str, float] | None = None,
-    advance: Callable[[int, int], None] = lambda done, total: None,
-    **plan_arguments: Any,
-) -> Sensitivities:
-    """The loss with one layer pruned, for each layer and rate; other arguments as for :func:`find_rates`.
-
-    Args:
-        rates: at which the loss is measured.
-        around: rates of layers, of a network that is pruned already: the loss is that of pruning a layer further.
-
-    What lies in front of the pruned layer is computed once for all of them. With torch.distributed running, each
-    process brings its own batches, and all get the same losses.
-    """
-    model, calibration = unwrap(model), _checked(calibration)
-    plan = _plan(model, example_input, plan_arguments)
-    scores = score_filters(plan, (criterion,))
-    units = _units(model, example_input, plan_arguments)
-    variants = Variants(model, calibration)
-    return _sensitivities(scores, criterion, units, variants, calibration, rates, around or {}, advance=advance)
-
-
-def _sensitivities(
-    scores: FilterScores, criterion: str, units: list[list[str]], variants: Variants, calibration: Batches,
-    rates: Sequence[float] = RATES, around: Mapping[str, float] = MappingProxyType({}), mask_bn: bool = True,
-    advance: Callable[[int, int], None] = lambda done, total: None,
-) -> Sensitivities:  # fmt: skip
-    plan = scores.plan
-    start = plan.with_rates({layer.name: around.get(layer.name, 0.0) for layer in plan.layers})
-    masks = [select_filters(FilterScores(start, scores.by_name), criterion)]
-    of_mask = {}  # equal ones (few filters, or rounded to the same number) are tried once
-    seen = {masks[0].digest: 0}
-    for names in units:
-        for rate in rates:
-            if rate > around.get(names[0], 0.0):
-                rates_here = FilterScores(start.with_rates(dict.fromkeys(names, rate)), scores.by_name)
-                mask = select_filters(rates_here, criterion)
-                of_mask[names[0], rate] = number = seen.setdefault(mask.digest, len(masks))
-                masks += [mask] if number == len(masks) else []
-    done = iter(range(1, len(masks) + 1))
-    report = lambda: advance(next(done), len(masks))  # noqa: E731
-    found = variants.run(masks, calibration, mask_bn=mask_bn, advance=report)
-    losses = {
-        name: {rate: found[of_mask[names[0], rate]].metrics["loss"] for rate in rates if (names[0], rate) in of_mask}
-        for names in units for name in names
-    }  # fmt: skip
-    return Sensitivities(found[0].metrics["loss"], losses, dict(around))
-
-
 class Allocator:
     """For a pruner: at each pruning point, rates that save what its plan's would, where the loss rises least.
 
@@ -233,13 +172,13 @@ class Allocator:
             raise MfpError(f"allocate must be 'flops' or 'parameters', not {what!r}")
         if per_layer:
             raise MfpError("allocate chooses one criterion for all layers: leave out per_layer")
-        self.what, self.calibration = what, _checked(calibration)
+        self.what, self.calibration = what, checked_batches(calibration)
         self._few: Variants | None = None
 
     def look_at(self, plan: FilterPlan, example_input: Any, plan_arguments: Mapping[str, Any]) -> None:
         """Find the layers whose rates may change: those whose rate ``layer_rates`` does not settle."""
         arguments = {name: value for name, value in plan_arguments.items() if name != "rate"}
-        self.units = _units(plan.model, example_input, arguments)
+        self.units = units_of(plan.model, example_input, arguments)
         highest = max(plan[names[0]].rate for names in self.units)
         if highest > max(RATES):
             raise MfpError(f"allocate raises no rate above {max(RATES)}: rate must be at most that, not {highest:g}")
@@ -251,7 +190,7 @@ class Allocator:
         """
         plan, images = scores.plan, _two_images(self.calibration)
         variants = comparison.variants() or Variants(plan.model, self.calibration)  # raises, and says why
-        found = _sensitivities(
+        found = sensitivities_of(
             scores, criterion, self.units, variants, self.calibration, mask_bn=comparison.mask_bn
         )  # fmt: skip
         if self._few is None or not self._few.fits():
@@ -272,7 +211,11 @@ class Allocator:
 def _predicted(plan: FilterPlan, units: list[list[str]], cost: Tensor, filters: Tensor, inputs: Tensor) -> float:
     """What a plan's compact network costs, from the results of :func:`_shares`."""
     first = [plan[names[0]] for names in units]
-    gone = torch.tensor([layer.num_pruned / layer.num_filters for layer in first], dtype=torch.float64)
+    return _cost([layer.num_pruned / layer.num_filters for layer in first], cost, filters, inputs)
+
+
+def _cost(rates: Sequence[float], cost: Tensor, filters: Tensor, inputs: Tensor) -> float:
+    gone = torch.tensor(rates, dtype=torch.float64)
     return float((cost * (1 - filters @ gone) * (1 - inputs @ gone)).sum())
 
 
@@ -280,7 +223,8 @@ def check_target(model: nn.Module, example_input: Any, targets: dict[str, Any], 
     """Raise MfpError for a target of :func:`find_rates` that no rates reach."""
     model = unwrap(model)
     costs = Costs(model, example_input, targets, "mfp", "l2_norm", lambda text: None, plan_arguments)
-    _check_reachable(costs, _plan(model, example_input, plan_arguments), _units(model, example_input, plan_arguments))
+    given = model, example_input, plan_arguments
+    _check_reachable(costs, plan_of(*given), units_of(*given))
 
 
 def _check_reachable(costs: Costs, plan: FilterPlan, units: list[list[str]]) -> None:
@@ -301,30 +245,6 @@ def _check_reached(costs: Costs, reached: float, rate: float) -> None:
             f"{reached:,.6g} of {costs.dense:,.6g} ({reached / costs.dense:.1%}), with rate {rate:g} for every layer "
             "that may be pruned"
         )
-
-
-def _checked(calibration: Batches | None) -> list[tuple[Tensor, Tensor]]:
-    batches = list(calibration or ())
-    if not batches:
-        raise MfpError("sensitivities are measured on data: give calibration=[(inputs, targets), ...]")
-    return batches
-
-
-def _plan(model: nn.Module, example_input: Any, plan_arguments: Mapping[str, Any]) -> FilterPlan:
-    return FilterPlan.from_model(model, 0.0, example_input=example_input, **plan_arguments)
-
-
-def _units(model: nn.Module, example_input: Any, plan_arguments: Mapping[str, Any]) -> list[list[str]]:
-    """The layers whose rate is to be found; those that must lose the same filters stand together."""
-    plan = _plan(model, example_input, plan_arguments)
-    other = FilterPlan.from_model(model, 0.5, example_input=example_input, **plan_arguments)
-    units: dict[Any, list[str]] = {}
-    for layer, moved in zip(plan.layers, other.layers, strict=True):
-        if layer.rate != moved.rate:  # else the user has settled it
-            units.setdefault(layer.name if layer.group is None else layer.group, []).append(layer.name)
-    if not units:
-        raise MfpError("layer_rates settles the rates of all layers: there is none to be found")
-    return list(units.values())
 
 
 def _two_images(calibration: Batches) -> list[tuple[Tensor, None]]:

@@ -10,8 +10,9 @@ from torch import nn
 
 import mfp
 from mfp import allocation
-from mfp.allocation import Sensitivities, _path, _plan, _shares, _two_images, _units, measure_sensitivities
+from mfp.allocation import _path, _shares, _two_images
 from mfp.compact import count_parameters
+from mfp.sensitivity import Sensitivities, measure_sensitivities, plan_of, units_of
 from mfp.variants import Variants
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)
@@ -61,6 +62,35 @@ def test_a_sensitivity_is_the_loss_of_the_network_with_that_layer_pruned(batches
         assert measured.losses[name][rate] == pytest.approx(loss, rel=1e-5) != measured.loss
 
 
+def test_around_a_pruned_network_it_is_the_loss_of_pruning_a_layer_further(batches):
+    around = {"stem": 0.3, "outer": 0.5}
+    found = measure_sensitivities(network(), EXAMPLE, batches, rates=RATES, around=around)
+    assert found.around == around and list(found.losses["outer"]) == [0.75] and list(found.losses["inner"]) == [*RATES]
+    for name, rate in ((None, 0.0), ("inner", 0.3), ("outer", 0.75)):
+        model = network()
+        arguments = {"criteria": ("l2_distance",), "attribute": "loss", "calibration": batches}
+        rates = around | ({name: rate} if name else {})
+        mfp.FilterPruner(model, 0.0, layer_rates=rates, **arguments).step(0)
+        loss = mfp.attributes.measure(model.eval(), batches)["loss"]
+        assert (found.losses[name][rate] if name else found.loss) == pytest.approx(loss, rel=1e-5)
+    assert found.added("outer", 0.5) == 0.0
+    assert found.added("outer", 0.625) == pytest.approx(max(found.losses["outer"][0.75] - found.loss, 0.0) / 2)
+
+
+def test_the_loss_is_measured_anew_on_the_way_to_the_target(batches, measured, monkeypatch):
+    seen, measure = [], allocation.measure_sensitivities
+
+    def watched(*arguments, around, **named):
+        seen.append(around)
+        return measure(*arguments, around=around, rates=RATES, **named)
+
+    monkeypatch.setattr(allocation, "measure_sensitivities", watched)
+    found = mfp.find_rates(network(), EXAMPLE, calibration=batches, sensitivities=measured, flops=0.4, rounds=3)
+    assert len(seen) == 2 and found.sensitivities is measured and 0.35 * found.dense < found.reached <= found.asked
+    for earlier, later in itertools.pairwise([dict.fromkeys(found.layer_rates, 0.0), *seen, found.layer_rates]):
+        assert all(earlier[name] <= later[name] for name in later) and earlier != later
+
+
 def test_the_added_loss_is_interpolated_and_never_falls():
     found = Sensitivities(1.0, {"a": {0.2: 1.5, 0.4: 1.2, 0.6: 2.0}, "b": {0.5: 0.5}, "c": {0.5: math.nan}})
     assert [found.added("a", rate) for rate in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)] == pytest.approx(
@@ -105,7 +135,7 @@ def test_costs_are_predicted_as_compaction_counts_them(batches):
         nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
     )  # fmt: skip
-    plan, units = _plan(model, EXAMPLE, {}), _units(model, EXAMPLE, {})
+    plan, units = plan_of(model, EXAMPLE, {}), units_of(model, EXAMPLE, {})
     images = _two_images(batches)
     cost, filters, inputs = _shares(Variants(model, images), images, plan, units, "flops")
     rates = torch.tensor([0.25, 0.5], dtype=torch.float64)

@@ -33,6 +33,18 @@ inline void store_some(float* p, Vec v, int64_t count) {
 }
 #endif
 
+// a * b + c, rounded once where the instruction set can: which products of `a * b + c` are is the compiler's choice,
+// and differs between copies of a loop.
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if MFP_LANES == 16 && defined(__x86_64__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif MFP_LANES == 8 && defined(__x86_64__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 template <class V>
 inline V clamp_to(V v, V low, V high) {  // NaN stays NaN
   v = low > v ? low : v;

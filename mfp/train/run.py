@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import mfp
-from mfp.allocation import check_target
+from mfp.allocation import ROUNDS, check_target
 from mfp.atomic import write_atomically
 from mfp.errors import MfpError
 from mfp.train.checkpoints import digest_of
@@ -142,7 +142,7 @@ def find_rates(
         if world.first:
             found = mfp.find_rates(
                 trained, example, calibration=calibration, sensitivities=sensitivities, engine=config.engine,
-                say=reporter.say, **plan_arguments, **targets,
+                rounds=ROUNDS if world.size == 1 else 1, say=reporter.say, **plan_arguments, **targets,
             )  # fmt: skip
             reporter.say(f"for the target: {found}")
             write_atomically(file, json.dumps(dataclasses.asdict(found), indent=2).encode())

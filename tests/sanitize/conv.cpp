@@ -49,6 +49,7 @@ static void check_conv(Conv conv, std::mt19937& random) {
     const int64_t reach = conv.dilation[d] * (conv.kernel[d] - 1);
     conv.out_size[d] = (conv.size[d] + 2 * conv.padding[d] - reach - 1) / conv.stride[d] + 1;
   }
+  conv.out_pitch = conv.out_size[1];
   const int64_t blocks = (conv.filters + kBlock - 1) / kBlock;
   const auto input = small_integers(conv.batch * conv.size[0] * conv.size[1] * conv.channels, random);
   const auto weights = small_integers(blocks * kBlock * conv.taps() * conv.channels, random);
@@ -222,6 +223,7 @@ static void check_pointwise_depthwise(Conv pointwise, Conv depthwise, std::mt199
     const int64_t reach = depthwise.dilation[d] * (depthwise.kernel[d] - 1);
     depthwise.out_size[d] = (depthwise.size[d] + 2 * depthwise.padding[d] - reach - 1) / depthwise.stride[d] + 1;
   }
+  pointwise.out_pitch = pointwise.out_size[1];
   const auto input = small_integers(pointwise.pixels() * pointwise.channels, random);
   const auto first = small_integers(width * pointwise.channels, random), first_bias = small_integers(width, random);
   const auto weights = small_integers(depthwise.taps() * width, random), bias = small_integers(width, random);

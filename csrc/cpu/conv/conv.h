@@ -28,6 +28,7 @@ struct Conv {
   float* output;       // [batch, out height, out width, filters], or the residual [..., residual channels]
   int64_t batch, channels, filters;  // depthwise: channels side by side in the input, in the output
   int64_t size[2], out_size[2];      // height, width
+  int64_t out_pitch;                 // pixels from one row of the output to the next, for a direct convolution
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   Activation activation;
   bool winograd;  // the weights are those of Winograd's F(4x4, 3x3): 6 by 6 of them, for a 3x3 kernel of stride 1

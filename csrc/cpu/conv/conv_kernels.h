@@ -48,8 +48,11 @@ void find_spots(const Conv& conv, const PixelOrder& order, int64_t first_tile, i
       tiles.push_back({conv.pixels() * tile / order.tiles() - first, true});
     }
     spots.resize(tiles.back().first);
-    for (int64_t i = 0; i < tiles.back().first; ++i)
-      spots[i] = {conv.input + (first + i) * conv.channels, 0, 0, first + i};
+    int64_t row = first / conv.out_size[1], column = first % conv.out_size[1];
+    for (int64_t i = 0; i < tiles.back().first; ++i) {
+      spots[i] = {conv.input + (first + i) * conv.channels, 0, 0, row * conv.out_pitch + column};
+      if (++column == conv.out_size[1]) column = 0, ++row;
+    }
     return;
   }
   order.walk(
@@ -57,7 +60,7 @@ void find_spots(const Conv& conv, const PixelOrder& order, int64_t first_tile, i
       [&](int64_t image, int64_t row, int64_t column, int64_t count) {
         const int64_t y = row * conv.stride[0] - conv.padding[0], x = column * conv.stride[1] - conv.padding[1];
         const float* input = conv.input + ((image * conv.size[0] + y) * conv.size[1] + x) * conv.channels;
-        Spot spot = {input, y, x, (image * conv.out_size[0] + row) * conv.out_size[1] + column};
+        Spot spot = {input, y, x, (image * conv.out_size[0] + row) * conv.out_pitch + column};
         for (; count > 0;
              --count, spot.input += conv.stride[1] * conv.channels, spot.column += conv.stride[1], ++spot.out) {
           spots.push_back(spot);

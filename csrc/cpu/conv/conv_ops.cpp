@@ -43,6 +43,7 @@ Conv describe(const char* op, const at::Tensor& input, const at::Tensor& weights
                 input.sizes());
     conv.out_size[d] = room / stride[d] + 1;
   }
+  conv.out_pitch = conv.out_size[1];
   return conv;
 }
 

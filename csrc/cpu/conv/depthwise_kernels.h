@@ -43,7 +43,8 @@ inline void add_row(const float* x, int64_t channels, const float* weights, int6
 #pragma GCC unroll 8
     for (int w = 0; w < kColumns; ++w) {
       const int shift = column - w;
-      if (shift >= 0 && shift % kStride == 0 && shift / kStride < kPixels) sums[shift / kStride] += v * weight[w];
+      if (shift < 0 || shift % kStride != 0 || shift / kStride >= kPixels) continue;
+      sums[shift / kStride] = multiply_add(v, weight[w], sums[shift / kStride]);
     }
   }
 }
@@ -58,7 +59,7 @@ inline void add_any_row(const Conv& conv, const float* x, const float* weights, 
 #pragma GCC unroll 8
     for (int p = 0; p < kPixels; ++p, column += conv.stride[1]) {
       if (kInside || (column >= group.first && column < group.last)) {
-        sums[p] += load_some(x + column * conv.channels, count) * weight;
+        sums[p] = multiply_add(load_some(x + column * conv.channels, count), weight, sums[p]);
       }
     }
   }

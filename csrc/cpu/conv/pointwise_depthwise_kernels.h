@@ -41,13 +41,23 @@ void pointwise_depthwise_task(const PointwiseDepthwise& convs, int64_t task) {
   pointwise.input += image * pointwise.size[0] * pointwise.size[1] * pointwise.channels;
   depthwise.output += image * depthwise.out_size[0] * depthwise.out_size[1] * depthwise.filters + channel;
 
-  const int64_t row_numbers = depthwise.size[1] * channels, stride = depthwise.stride[0];
+  // Rows between the two get the padding left and right, so that all taps are inside.
+  const int64_t width = depthwise.size[1], left = depthwise.padding[1];
+  const int64_t columns =
+      (depthwise.out_size[1] - 1) * depthwise.stride[1] + (depthwise.kernel[1] - 1) * depthwise.dilation[1] + 1;
+  const int64_t pitch = std::max(columns, left + width), right = pitch - left - width;
+  pointwise.out_pitch = depthwise.size[1] = pitch, depthwise.padding[1] = 0;
+  const int64_t row_numbers = pitch * channels, stride = depthwise.stride[0];
   const int64_t reach = (depthwise.kernel[0] - 1) * depthwise.dilation[0] + 1;
   const int64_t step = std::clamp((kBetween / row_numbers - reach) / stride + 1, int64_t{1}, last - first);
   static thread_local std::vector<Between> space;
   const int64_t size = ((step - 1) * stride + reach) * row_numbers;
   if (static_cast<int64_t>(space.size()) < size) space.resize(size);
   float* between = &space[0].value;
+  for (int64_t row = 0; row < size; row += row_numbers) {
+    std::fill_n(between + row, left * channels, 0.0f);
+    std::fill_n(between + row + (left + width) * channels, right * channels, 0.0f);
+  }
 
   int64_t there = 0, until = 0;  // the rows that lie in `between`
   for (int64_t row = first; row < last; row += step) {
@@ -60,7 +70,7 @@ void pointwise_depthwise_task(const PointwiseDepthwise& convs, int64_t task) {
       until = begin;
     }
     there = begin;
-    if (end > until) pointwise_rows(pointwise, until, end, between + (until - there) * row_numbers);
+    if (end > until) pointwise_rows(pointwise, until, end, between + (until - there) * row_numbers + left * channels);
     until = std::max(until, end);
     depthwise.input = between - there * row_numbers;
     depthwise_rows(depthwise, row, next);
