@@ -11,8 +11,8 @@ OLDEST_PYTHON ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12.*
 	$$python -c "" 2>/dev/null && echo $$python && break; done)
 OLDEST_TORCH := torch==2.11.0 torchvision==0.26.0 "numpy<2.4"
 OLDEST_TESTS := pytest pytest-benchmark pytest-xdist hypothesis scipy timm transformers
-CORE := ops versions scores mask optim scatter serving serving_norm_excite conv norm_excite plan pruner files export \
-	compact compact_* cuda_logic compile_cuda triton_logic triton_compile
+CORE := ops versions scores mask optim scatter serving serving_norm_excite conv pointwise_depthwise norm_excite plan \
+	pruner allocation files export compact compact_* cuda_logic compile_cuda triton_logic triton_compile
 
 # One worker a core; whoever has nothing left to do takes over tests from another.
 WORKERS := --numprocesses logical --maxprocesses 16 --dist worksteal
@@ -27,8 +27,8 @@ demo: $(VENV)/installed  ## train ResNet-20 on handwritten digits, prune, compac
 test: $(VENV)/installed browser  ## everything that can be proved on this machine; what is skipped, and why, is listed
 	$(PYTEST)
 
-# Not part of .ci/run: 5 GB of packages, four minutes of one core to build, and the core tests once more. Before a
-# release, and after a change to a kernel or to what is captured.
+# 5 GB of packages. CI runs a part of these tests; before a release, and after a change to a kernel or to what is
+# captured, run all of them. Without Python 3.12 it takes the python3 that is there.
 oldest: $(OLDEST)/installed  ## the core tests with Python 3.12, torch 2.11 and Triton 3.6, in an environment of their own
 	$(OLDEST)/bin/python -m pytest -rs $(WORKERS) $(CORE:%=tests/test_%.py)
 

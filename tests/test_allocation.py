@@ -103,7 +103,7 @@ def test_the_added_loss_is_interpolated_and_never_falls():
 def test_the_target_is_met_and_not_by_much(batches, measured, what):
     model = network()
     before = copy.deepcopy(model.state_dict())
-    found = mfp.find_rates(model, EXAMPLE, calibration=batches, sensitivities=measured, **{what: 0.5})
+    found = mfp.find_rates(model, EXAMPLE, calibration=batches, sensitivities=measured, rounds=1, **{what: 0.5})
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()) and model.training
     assert found.asked == found.dense / 2 and 0.45 * found.dense < found.reached <= found.asked
     assert found.layer_rates.keys() == measured.losses.keys() and len(set(found.layer_rates.values())) > 2
@@ -120,7 +120,7 @@ def test_layers_that_do_not_matter_lose_most(batches, measured):
     losses["inner"] = dict.fromkeys(RATES, 1.0)
     losses["last"] = dict.fromkeys(RATES, 50.0)
     found = mfp.find_rates(
-        network(), EXAMPLE, calibration=batches, sensitivities=Sensitivities(1.0, losses), flops="40%"
+        network(), EXAMPLE, calibration=batches, sensitivities=Sensitivities(1.0, losses), flops="40%", rounds=1
     )
     assert found.layer_rates["inner"] == 0.75 and found.layer_rates["last"] == 0.0
 
@@ -168,7 +168,9 @@ def test_a_time_is_a_target(batches, measured, monkeypatch):
     """The times are made up, a thousandth of the parameters, so that the answer is known."""
     monkeypatch.setattr(mfp.targets, "MULTIPLES", (1, 4))
     monkeypatch.setattr(mfp.targets, "_time", lambda small, *_: sum(p.numel() for p in small.parameters()) / 1000)
-    found = mfp.find_rates(network(), EXAMPLE, calibration=batches, sensitivities=measured, milliseconds="60%")
+    found = mfp.find_rates(
+        network(), EXAMPLE, calibration=batches, sensitivities=measured, milliseconds="60%", rounds=1
+    )
     assert found.what == "milliseconds" and 0.5 * found.dense < found.reached <= found.asked and len(found.tried) == 2
 
 
