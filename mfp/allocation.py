@@ -127,9 +127,8 @@ def find_rates(
     shares = _shares(Variants(model, images), images, plan, units, costs.what)
     path = _path(sensitivities, units, *shares)
     for number in range(1, rounds):
-        least = (costs.asked / costs.dense) ** (number / rounds) * float(shares[0].sum())
-        index, _ = first_within(least, len(path) - 1, lambda i, path=path: _cost(path[i], *shares))
-        around = _layer_rates(plan, units, path[index])
+        enough = (costs.asked / costs.dense) ** (number / rounds) * float(shares[0].sum())
+        around = _layer_rates(plan, units, path[_first_predicted(enough, path, *shares)])
         further = measure_sensitivities(
             model, example_input, calibration, criterion=criterion, around=around, advance=advance, **plan_arguments
         )
@@ -206,6 +205,13 @@ class Allocator:
         if asked >= _predicted(at(0), self.units, *shares):
             return at(0)
         return at(first_within(asked, len(path) - 1, lambda index: _predicted(at(index), self.units, *shares))[0])
+
+
+def _first_predicted(enough: float, path: list[list[float]], *shares: Tensor) -> int:
+    """The first place of a path where the network is predicted to cost no more than enough; else the last one."""
+    if _cost(path[0], *shares) <= enough:
+        return 0
+    return first_within(enough, len(path) - 1, lambda index: _cost(path[index], *shares))[0]
 
 
 def _predicted(plan: FilterPlan, units: list[list[str]], cost: Tensor, filters: Tensor, inputs: Tensor) -> float:
