@@ -212,8 +212,8 @@ def rates_section(results: Results) -> list[str]:
         "the same share of the multiply-adds of the compact network. A uniform rate moves many layers by a "
         "filter at once and may stop well below the share that was asked for, which counts against it here."
     )
-    machines = {row["on"] for key, row in results.cell.items() if "FLOPs" in key[1] and row.get("on")}
-    text += "".join(f" These networks were trained and pruned on another day: {on}." for on in sorted(machines))
+    machines = sorted({row["on"] for key, row in results.cell.items() if "FLOPs" in key[1] and row.get("on")})
+    text += f" These networks were trained and pruned on {'; '.join(machines)}." if machines else ""
     return ["## Rates that suit the layers", "", text, "", *table(head, rows)]
 
 
