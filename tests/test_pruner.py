@@ -223,10 +223,9 @@ def test_choice_per_layer():
 
 
 def test_layers_that_lose_filters_together_are_ranked_by_one_criterion():
-    """The second one alone would take the first criterion, since its filters weigh the same."""
     front, behind = nn.Conv2d(3, 12, 3, bias=False), nn.Conv2d(12, 12, 3, groups=4, bias=False)
     front.weight.data[9:] = 10 * front.weight.data[:9].sum(0)  # large, and in the middle of all directions
-    behind.weight.data.sign_()
+    behind.weight.data.sign_()  # alone it would take the first criterion, since its filters weigh the same
     model = nn.Sequential(front, behind, nn.Conv2d(12, 2, 1))
     pruner = mfp.FilterPruner(model, attribute="sparsity", per_layer=True, criteria=("cosine_distance", "l1_norm"))
     assert pruner.step(0).criterion == {"0": "l1_norm", "1": "l1_norm"}
