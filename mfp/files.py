@@ -23,7 +23,7 @@ from mfp.errors import MfpError
 from mfp.graph_json import CONSTANTS, ModelFileError, describe_modules, describe_nodes, make_graph, make_module, path
 from mfp.modules import memory_format_of
 from mfp.serving import ServingNetwork
-from mfp.serving.modules import SERVING_MODULES
+from mfp.serving.modules import SERVING_MODULES, ServingConv2d, ServingPointwiseDepthwise2d
 
 VERSION = 2
 KINDS = ("parameter", "frozen", "buffer")
@@ -137,6 +137,10 @@ def _build(description: dict[str, Any], stored: dict[str, Tensor]) -> fx.GraphMo
     tensors = _in_order(table, stored)
     for name, described in description["modules"].items():
         _put(small, path(name), make_module(name, described, tensors))
+    for name, layer in small.named_modules():
+        parts = [type(part) for part in layer.children()]
+        if isinstance(layer, ServingPointwiseDepthwise2d) and parts != [ServingConv2d, ServingConv2d]:
+            raise ModelFileError(f"layer '{name}' is not made of two convolutions")
     _fill(small, table, tensors, description["nodes"])
     unknown = sorted(stored.keys() - {source for _, source, _ in table.values()})
     if unknown:

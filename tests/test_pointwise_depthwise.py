@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compact_cases import difference, served
+from test_files_hostile import rewritten
 from torch import nn
 
 import mfp
@@ -120,6 +121,18 @@ def test_the_serving_form_has_them_in_one(tmp_path):
         kept = both.depthwise(both.pointwise(x))
         assert torch.equal(both(x), kept)
     assert difference(serving(x), expected) < 1e-5  # with gradients: by torch
+
+
+def test_a_file_without_one_of_the_two_is_refused(tmp_path):
+    mfp.save(serving_of(Inverted()), tmp_path / "small.mfp")
+
+    def change(description, tensors):
+        (name,) = (name for name in description["modules"] if name.endswith(".depthwise"))
+        description["modules"][name] |= {"class": "Module", "config": {}}
+
+    rewritten(tmp_path / "small.mfp", tmp_path / "bad.mfp", change)
+    with pytest.raises(mfp.MfpError, match="is not made of two convolutions"):
+        mfp.load(tmp_path / "bad.mfp")
 
 
 def test_not_where_something_else_reads_what_is_between():
