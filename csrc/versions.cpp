@@ -29,7 +29,7 @@ void raise_versions(const c10::OperatorHandle& op, c10::DispatchKeySet keys, tor
 
 TORCH_LIBRARY_IMPL(mfp, ADInplaceOrView, library) {
   for (const char* op : {"mask_filters_", "prune_filters_", "masked_sgd_", "masked_adamw_", "scatter_add_",
-                         "conv2d_join_", "squeeze_excite_"}) {
+                         "conv2d_join_", "squeeze_excite_", "batch_norm_training_"}) {
     library.impl(op, torch::CppFunction::makeFromBoxedFunction<&raise_versions>());
   }
 }

@@ -1,7 +1,7 @@
 """Channels that move by index, with gradients: one pass over memory in each direction.
 
 torch's ``index_add`` and ``index_select`` go channel by channel, which takes five to ten times as long where channels
-lie innermost (channels_last). Here a join is a copy of the residual and mfp's scatter_add_, its gradient a gather.
+lie innermost (channels_last). Here a join is one op, and its gradient another.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mfp import backend as backends
 from mfp import ops
+from mfp.reference import memory_format_of
 
 
 def is_plain_call(x: Tensor, dim: int) -> bool:
@@ -19,27 +21,15 @@ def is_plain_call(x: Tensor, dim: int) -> bool:
     return not traced and dim == 1 and x.dim() > 2 and x.dtype in ops.FLOATS and type(x) in (Tensor, torch.nn.Parameter)
 
 
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    if x.is_contiguous() or x.dim() not in (4, 5):
-        return torch.contiguous_format
-    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-
-
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """x[:, index] in the memory format of x; where channels lie innermost, as columns of a matrix."""
+    """x[:, index] in the memory format of x."""
     if x.device.type != "cpu" or x.is_contiguous() or not x.is_contiguous(memory_format=memory_format_of(x)):
         return x.index_select(1, index)
-    pixels = x.movedim(1, -1)
+    if x.dim() == 4 and x.dtype == torch.float32 and backends.choose(x.device).name == "cpu":
+        return ops.take_channels(x, index)
+    pixels = x.movedim(1, -1)  # channels lie innermost: as columns of a matrix
     columns = pixels.reshape(-1, x.shape[1]).index_select(1, index)
     return columns.view(*pixels.shape[:-1], len(index)).movedim(-1, 1)
-
-
-def spread(x: Tensor, index: Tensor, width: int) -> Tensor:
-    """Channels of x under the numbers ``index`` (increasing) of ``width``; the others are zero."""
-    shape = [x.shape[0], width, *x.shape[2:]]
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x)).zero_()
-    ops.scatter_add_(out, x, index, False)
-    return out
 
 
 class JoinChannels(torch.autograd.Function):
@@ -48,9 +38,7 @@ class JoinChannels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, residual: Tensor, branch: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        out = residual.clone(memory_format=memory_format_of(residual))
-        ops.scatter_add_(out, branch, index, False)
-        return out
+        return ops.join_channels(residual, branch, index, residual.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -65,7 +53,7 @@ class SpreadChannels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, index: Tensor, width: int) -> Tensor:
         ctx.save_for_backward(index)
-        return spread(x, index, width)
+        return ops.join_channels(None, x, index, width)
 
     @staticmethod
     @once_differentiable
@@ -87,5 +75,4 @@ class TakeChannels(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
-        dense = gradient.contiguous(memory_format=memory_format_of(gradient))
-        return spread(dense, index, ctx.width), None
+        return ops.join_channels(None, gradient, index, ctx.width), None

@@ -197,6 +197,29 @@ def scatter_add_(residual: Tensor, branch: Tensor, index: Tensor, relu: bool) ->
     residual.copy_(result.clamp(min=0) if relu else result)
 
 
+def join_channels(residual: Tensor | None, branch: Tensor, index: Tensor, channels: int) -> Tensor:
+    """The op ``mfp::join_channels``."""
+    like = branch if residual is None else residual
+    shape = (branch.shape[0], channels, *branch.shape[2:])
+    out = torch.zeros(shape, dtype=branch.dtype, device=branch.device).contiguous(memory_format=memory_format_of(like))
+    if residual is not None:
+        out.copy_(residual)
+    scatter_add_(out, branch, index, False)
+    return out
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """channels_last for what is not contiguous, where it has one."""
+    if x.is_contiguous() or x.dim() not in (4, 5):
+        return torch.contiguous_format
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+
+
+def take_channels(input: Tensor, index: Tensor) -> Tensor:
+    """The op ``mfp::take_channels``."""
+    return input.index_select(1, index).contiguous(memory_format=torch.channels_last)
+
+
 def conv2d(
     input: Tensor,
     weights: Tensor,
@@ -271,6 +294,37 @@ def batch_norm(inputs: Sequence[Tensor], scale: Tensor, shift: Tensor, activatio
     """The op ``mfp::batch_norm``."""
     out = torch.cat(list(inputs), 1) * scale[:, None, None] + shift[:, None, None]
     return ACTIVATIONS[activation](out).contiguous(memory_format=torch.channels_last)
+
+
+def batch_norm_training_(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op ``mfp::batch_norm_training_``."""
+    var, mean = torch.var_mean(input, (0, 2, 3), correction=0)
+    values = input.numel() // input.shape[1]
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var * (values / (values - 1)), momentum)
+    inverse_std = (var + eps).rsqrt()
+    out = (input - mean[:, None, None]) * (weight * inverse_std)[:, None, None] + bias[:, None, None]
+    return out.contiguous(memory_format=torch.channels_last), mean, inverse_std
+
+
+def batch_norm_gradients(
+    gradient: Tensor, input: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op ``mfp::batch_norm_gradients``."""
+    normal = (input - mean[:, None, None]) * inverse_std[:, None, None]
+    of_weight, of_bias = (gradient * normal).sum((0, 2, 3)), gradient.sum((0, 2, 3))
+    values = input.numel() // input.shape[1]
+    rest = gradient - (of_bias[:, None, None] + normal * of_weight[:, None, None]) / values
+    of_input = rest * (weight * inverse_std)[:, None, None]
+    return of_input.contiguous(memory_format=torch.channels_last), of_weight, of_bias
 
 
 def squeeze_excite_(

@@ -22,6 +22,8 @@ masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor
 int[] offsets, int[] rows, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, \
 int step) -> ()
 scatter_add_(Tensor(a!) residual, Tensor branch, Tensor index, bool relu) -> ()
+join_channels(Tensor? residual, Tensor branch, Tensor index, int channels) -> Tensor
+take_channels(Tensor input, Tensor index) -> Tensor
 conv2d(Tensor input, Tensor weights, Tensor bias, int filters, int[] stride, int[] padding, int[] dilation, \
 str activation, bool winograd=False) -> Tensor
 depthwise_conv2d(Tensor input, Tensor weights, Tensor bias, int[] stride, int[] padding, int[] dilation, \
@@ -31,6 +33,10 @@ int channels, Tensor weights, Tensor bias, int[] stride, int[] padding, int[] di
 conv2d_join_(Tensor(a!) residual, Tensor input, Tensor weights, Tensor bias, Tensor index, int[] stride, \
 int[] padding, int[] dilation, bool relu, bool winograd=False) -> ()
 batch_norm(Tensor[] inputs, Tensor scale, Tensor shift, str activation) -> Tensor
+batch_norm_training_(Tensor input, Tensor weight, Tensor bias, Tensor(a!) running_mean, Tensor(b!) running_var, \
+float momentum, float eps) -> (Tensor, Tensor, Tensor)
+batch_norm_gradients(Tensor gradient, Tensor input, Tensor weight, Tensor mean, Tensor inverse_std) \
+-> (Tensor, Tensor, Tensor)
 squeeze_excite_(Tensor(a!) input, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, Tensor expand_bias, \
 str activation, bool hard) -> ()
 """
@@ -84,6 +90,33 @@ def _channels_last(input: Tensor, channels: int, sizes: Sequence[int]) -> Tensor
 @torch.library.register_fake("mfp::batch_norm", lib=_library)
 def _(inputs, scale, shift, activation):
     return _channels_last(inputs[0], scale.shape[0], inputs[0].shape[2:])
+
+
+@torch.library.register_fake("mfp::join_channels", lib=_library)
+def _(residual, branch, index, channels):
+    shape = (branch.shape[0], channels, *branch.shape[2:])
+    like = branch if residual is None else residual
+    return torch.empty(shape, dtype=branch.dtype, device=branch.device, memory_format=reference.memory_format_of(like))
+
+
+@torch.library.register_fake("mfp::take_channels", lib=_library)
+def _(input, index):
+    return _channels_last(input, len(index), input.shape[2:])
+
+
+@torch.library.register_fake("mfp::batch_norm_training_", lib=_library)
+def _(input, weight, *_):
+    return _norm_results(input, weight)
+
+
+@torch.library.register_fake("mfp::batch_norm_gradients", lib=_library)
+def _(gradient, input, weight, *_):
+    return _norm_results(input, weight)
+
+
+def _norm_results(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    whole = _channels_last(input, input.shape[1], input.shape[2:])
+    return whole, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
 @torch.library.register_fake("mfp::conv2d_join_", lib=_library)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import itertools
 import warnings
 
@@ -101,21 +100,20 @@ def grown(mask: mfp.FilterMask) -> mfp.FilterMask:
 
 
 CASES = {
-    "cifar resnet": ("Nesterov", {}, 1),
-    "resnet": ("AdamW", {}, 1),
-    "resnet bottleneck": ("Nesterov", {"residual": "coupled"}, 1),
-    "mobilenet_v2": ("Nesterov", {"mask_bn": False}, 1),
-    "densenet": ("SGD", {}, 1),
-    "resnext": ("Nesterov", {}, 16),
-    "efficientnet": ("Nesterov", {}, 16),
+    "cifar resnet": ("Nesterov", {}),
+    "resnet": ("AdamW", {}),
+    "resnet bottleneck": ("Nesterov", {"residual": "coupled"}),
+    "mobilenet_v2": ("Nesterov", {"mask_bn": False}),
+    "densenet": ("SGD", {}),
+    "resnext": ("Nesterov", {}),
+    "efficientnet": ("Nesterov", {}),
 }
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_steps_after_each_shrinking_are_the_masked_networks(family, monkeypatch):
+def test_steps_after_each_shrinking_are_the_masked_networks(family):
     """Against a network that trains masked all along."""
-    name, arguments, width = CASES[family]
-    monkeypatch.setattr(importlib.import_module("mfp.compact.training"), "WIDTH", width)
+    name, arguments = CASES[family]
     model, pruner = masked(NETWORKS[family](), **arguments)
     reference = hold(copy.deepcopy(model), pruner.mask, pruner.mask_bn)
     optimizer, other = OPTIMIZERS[name](model.parameters()), OPTIMIZERS[name](reference.parameters())
@@ -129,7 +127,7 @@ def test_steps_after_each_shrinking_are_the_masked_networks(family, monkeypatch)
             assert step(small, optimizer, seed) == pytest.approx(step(reference, other, seed), rel=1e-9)
             average.update_parameters(small)
             wide.update_parameters(reference)
-        if width == 1:  # else columns of zero inputs may stand in the one and not in the other
+        if family != "efficientnet":  # there the one keeps columns of zero inputs in its squeeze layers
             assert_equal(small, reference, pruner)
             assert_equal(average.module, wide.module, pruner)
         images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -144,7 +142,7 @@ def test_steps_after_each_shrinking_are_the_masked_networks(family, monkeypatch)
         zero_(reference, held, other)
         zero_(wide.module, held)
         hold(reference, mfp.FilterMask(mfp.FilterPlan(reference, pruner.plan.layers), pruner.mask.keep), pruner.mask_bn)
-    assert parameters[0] > parameters[1] > parameters[2] or width > 1
+    assert parameters[0] > parameters[1] > parameters[2]
 
 
 class Whole(nn.Module):
@@ -202,14 +200,14 @@ def test_a_loop_with_groups_an_average_and_a_bigger_module():
 
 def test_a_mask_that_takes_too_little_yet_is_no_reason_to_warn():
     model = NETWORKS["resnet"]()
-    pruner = mfp.FilterPruner(model, 0.4, criteria=("l2_norm",), mode="cubic", one_way=True, epochs=100)
+    pruner = mfp.FilterPruner(model, 0.4, criteria=("l2_norm",), mode="cubic", one_way=True, epochs=10000)
     optimizer = OPTIMIZERS["SGD"](model.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for epoch in (-1, 0):
             pruner.step(epoch)
             assert pruner.shrink_(optimizer) is model
-        pruner.step(50)
+        pruner.step(5000)
         assert pruner.shrink_(optimizer) is not model
 
 

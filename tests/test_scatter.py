@@ -106,3 +106,58 @@ def test_one_image_may_have_any_stride_between_images():
     expected = residual.index_add(1, index, branch)
     ops.scatter_add_(residual, branch, index, backend="cpu")
     assert torch.equal(residual, expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CL])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_join_as_a_tensor_of_its_own(isa, layout, dtype):
+    generator = torch.Generator().manual_seed(0)
+    for shape in SHAPES:
+        for kept in {1, shape[1] // 2 + 1, shape[1]}:
+            residual, branch, index = sample(shape, kept, dtype, layout, generator)
+            for given in (residual, None):
+                before = torch.zeros_like(residual) if given is None else residual.clone()
+                out = ops.join_channels(given, branch, index, shape[1])
+                assert torch.equal(out, before.index_add(1, index, branch)), (shape, kept)
+                alike = residual if given is not None else branch
+                assert out.is_contiguous(memory_format=layout) or alike.is_contiguous()
+
+
+def test_a_join_takes_views_of_other_layouts():
+    generator = torch.Generator().manual_seed(0)
+    residual, branch, index = sample((2, 20, 6, 6), 7, torch.float32, CL, generator)
+    right = residual[:, :, ::2, 1:].index_add(1, index, branch[:, :, ::2, 1:])
+    assert torch.equal(ops.join_channels(residual[:, :, ::2, 1:], branch[:, :, ::2, 1:], index, 20), right)
+    flat = torch.randn(3, 2)
+    assert ops.join_channels(None, flat, torch.tensor([1, 3]), 5)[:, [1, 3]].equal(flat)
+
+
+@pytest.mark.parametrize(("residual", "channels", "message"), [
+    ((1, 4, 2, 2), 5, "expected 5 channels"), ((1, 4, 2, 3), 4, "differ in the channels alone"),
+    (None, 2, "strictly increasing numbers below 2"),
+])  # fmt: skip
+def test_wrong_arguments_of_a_new_join_are_refused(residual, channels, message):
+    whole = None if residual is None else torch.zeros(residual)
+    with pytest.raises(RuntimeError, match=message):
+        ops.join_channels(whole, torch.zeros(1, 2, 2, 2), torch.tensor([0, 3]), channels)
+
+
+@pytest.mark.parametrize("channels", [1, 15, 16, 17, 33, 64])
+def test_taken_channels(isa, channels):
+    generator = torch.Generator().manual_seed(0)
+    for kept in {1, channels // 2 + 1, channels}:
+        x, _, index = sample((2, channels, 5, 3), kept, torch.float32, CL, generator)
+        out = ops.take_channels(x, index)
+        assert torch.equal(out, x[:, index]) and out.is_contiguous(memory_format=CL)
+    assert ops.take_channels(x[:0], index).shape == (0, len(index), 5, 3)
+    torch.library.opcheck(torch.ops.mfp.take_channels.default, (x, index))
+    torch.library.opcheck(torch.ops.mfp.join_channels.default, (None, x, torch.arange(channels), channels))
+
+
+@pytest.mark.parametrize(("x", "index", "message"), [
+    (torch.zeros(1, 4, 2, 2), [2, 1], "strictly increasing"), (torch.zeros(1, 4, 2, 2), [4], "below 4"),
+    (torch.zeros(1, 4, 2), [0], "expected float32"), (torch.zeros(1, 4, 2, 2).half(), [0], "expected float32"),
+])  # fmt: skip
+def test_wrong_arguments_of_taken_channels_are_refused(x, index, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.take_channels(x, torch.tensor(index))

@@ -20,6 +20,13 @@ namespace MFP_ISA {
 inline __mmask16 some(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 inline Vec load_some(const float* p, int64_t count) { return (Vec)_mm512_maskz_loadu_ps(some(count), p); }
 inline void store_some(float* p, Vec v, int64_t count) { _mm512_mask_storeu_ps(p, some(count), (__m512)v); }
+#elif MFP_LANES == 8 && defined(__x86_64__)
+inline __m256i some(int64_t count) {
+  const IntVec number = {0, 1, 2, 3, 4, 5, 6, 7};
+  return (__m256i)(number < static_cast<int32_t>(count));
+}
+inline Vec load_some(const float* p, int64_t count) { return (Vec)_mm256_maskload_ps(p, some(count)); }
+inline void store_some(float* p, Vec v, int64_t count) { _mm256_maskstore_ps(p, some(count), (__m256)v); }
 #else
 inline Vec load_some(const float* p, int64_t count) {
   if (count == kLanes) return load(p);

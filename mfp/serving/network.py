@@ -37,12 +37,12 @@ class ServingNetwork(fx.GraphModule):
             args, kwargs = in_order(self, args, kwargs)
         if kwargs or not replays(args):
             return super().__call__(*args, **kwargs)
-        state = state_of(self)
-        if state is None:
-            return super().__call__(*args)
         tapes = _tapes.get(self)
         if tapes is None:
             tapes = _tapes[self] = Tapes()
+        state = tapes.state_of(self)
+        if state is None:
+            return super().__call__(*args)
         sizes = tuple((x.dtype, x.shape, x.stride()) for x in args)
         recording = tapes.find(sizes, state)
         if recording is None:  # what the layers keep from call to call (packed weights, border maps) is made now
@@ -73,14 +73,6 @@ def replays(args: Sequence[Any]) -> bool:
     return backends.choose(args[0].device).name == "cpu"
 
 
-def state_of(network: nn.Module) -> tuple[Any, ...] | None:
-    """Changes when a parameter, a buffer or a mode does; None where a hook is to be called."""
-    from mfp import _C  # type: ignore[attr-defined]  # the compiled part
-
-    found = _C.network_state(network)
-    return None if found is None else (os.environ.get("MFP_WINOGRAD"), found)
-
-
 @dataclass(frozen=True)
 class Recording:
     """A tape, the names of its steps' nodes, and what the network returns; no tape where none can be made."""
@@ -105,9 +97,14 @@ class Tapes:
     def __init__(self) -> None:
         from mfp import _C  # type: ignore[attr-defined]  # the compiled part
 
-        self.lock, self.memory = Lock(), _C.Memory()
+        self.lock, self.memory, self.network_state = Lock(), _C.Memory(), _C.NetworkState()
         self.state: tuple[Any, ...] | None = None
         self.recordings: OrderedDict[tuple, Recording] = OrderedDict()
+
+    def state_of(self, network: nn.Module) -> tuple[Any, ...] | None:
+        """Changes when a parameter, a buffer or a mode does; None where a hook is to be called."""
+        found = self.network_state.look(network)
+        return None if found is None else (os.environ.get("MFP_WINOGRAD"), found)
 
     def find(self, sizes: tuple, state: tuple[Any, ...]) -> Recording | None:
         with self.lock:

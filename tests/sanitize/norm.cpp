@@ -1,6 +1,7 @@
 #include "cpu/norm/norm.h"
 
 #include "common.h"
+#include "cpu/norm/batch_norm_training.h"
 
 // Some parts side by side at every instruction set, in buffers that end where the last number does.
 static void check_norm(const std::vector<int64_t>& widths, const std::string& activation, std::mt19937& random) {
@@ -38,6 +39,47 @@ static void check_norm(const std::vector<int64_t>& widths, const std::string& ac
   }
 }
 
+// The four passes of training, each against plain sums.
+static void check_training(int64_t channels, std::mt19937& random) {
+  constexpr int64_t kRows = 7, kBegin = 2;  // the first rows are another thread's
+  const int64_t count = kRows * channels;
+  const Numbers input(DType::float32, count, random), gradient(DType::float32, count, random);
+  const Numbers mean(DType::float32, channels, random), scale(DType::float32, channels, random);
+  const Numbers slope(DType::float32, channels, random), shift(DType::float32, channels, random);
+  const auto at = [](const Numbers& numbers) { return reinterpret_cast<const float*>(numbers.bytes.data()); };
+  const NormRows x = {at(input), kRows, channels};
+  for (Isa isa : levels()) {
+    std::vector<float> moments(2 * channels), sums(2 * channels), output(count), spread(count);
+    MFP_OF_ISA(isa, row_moments)(x, kBegin, kRows, moments.data());
+    MFP_OF_ISA(isa, gradient_sums)(x, at(gradient), at(mean), kBegin, kRows, sums.data());
+    MFP_OF_ISA(isa, normalize_rows)(x, at(mean), at(scale), at(shift), kBegin, kRows, output.data());
+    MFP_OF_ISA(isa, input_gradients)
+    (x, at(gradient), at(mean), at(scale), at(slope), at(shift), kBegin, kRows, spread.data());
+    for (int64_t c = 0; c < channels; ++c) {
+      double center = 0, squares = 0, sum = 0, products = 0;
+      for (int64_t row = kBegin; row < kRows; ++row) center += input[row * channels + c] / (kRows - kBegin);
+      for (int64_t row = 0; row < kRows; ++row) {
+        const int64_t i = row * channels + c;
+        const double away = input[i] - mean[c];
+        const bool mine = row >= kBegin;
+        compare("normalize", output[i], mine ? away * scale[c] + shift[c] : 0, DType::float32);
+        const double right = gradient[i] * scale[c] + away * slope[c] + shift[c];
+        compare("input gradient", spread[i], mine ? right : 0, DType::float32);
+        if (!mine) continue;
+        squares += (input[i] - center) * (input[i] - center);
+        sum += gradient[i], products += gradient[i] * away;
+      }
+      const double right[] = {center, squares, sum, products};  // sums of a few numbers near one, of either sign
+      const float found[] = {moments[c], moments[channels + c], sums[c], sums[channels + c]};
+      for (int i = 0; i < 4; ++i) {
+        expect(std::fabs(found[i] - right[i]) < 1e-5, "training, sum " + std::to_string(i) + ": " +
+                                                          std::to_string(found[i]) + ", expected " +
+                                                          std::to_string(right[i]));
+      }
+    }
+  }
+}
+
 void check_all_norms(std::mt19937& random) {
   for (const char* activation : {"none", "relu", "silu", "hardswish"}) {
     for (int64_t width : {1, 3, 4, 7, 8, 15, 16, 17, 33}) {
@@ -45,4 +87,5 @@ void check_all_norms(std::mt19937& random) {
       check_norm({5, width, 2}, activation, random);
     }
   }
+  for (int64_t channels : {1, 4, 7, 8, 15, 16, 17, 40, 63, 64, 65, 130}) check_training(channels, random);
 }

@@ -166,9 +166,9 @@ inline void put_row(const Conv& conv, int64_t pixel, const float* sums, int64_t 
   if (conv.landing == nullptr) {
     std::memcpy(row + first, sums, width * sizeof(float));
   } else if (conv.relu) {
-    join_row<Float, true, false>(row, sums, conv.landing, out_first, out_last);
+    join_row<Float, true, false>(row, row, sums, conv.landing, out_first, out_last);
   } else {
-    join_row<Float, false, false>(row, sums, conv.landing, out_first, out_last);
+    join_row<Float, false, false>(row, row, sums, conv.landing, out_first, out_last);
   }
 }
 

@@ -1,4 +1,4 @@
-// One row of a join with channels innermost: residual += branch at some channels, then ReLU. Included once per
+// One row of a join with channels innermost: out = residual + branch at some channels, then ReLU. Included once per
 // instruction set (vector.h).
 //
 // A vector of the residual takes the next few numbers of the branch, spread out by a bit mask: AVX-512 has an
@@ -11,6 +11,7 @@
 
 #include <type_traits>
 
+#include "cpu/activate.h"
 #include "cpu/formats.h"
 
 #if MFP_HAVE_ISA
@@ -46,11 +47,12 @@ inline Vec spread(Vec next, uint32_t bits) {
 }
 #endif
 
-// Channels first to last of the residual's row r; q is the branch's first number that lands there, and landing has one
-// bit per channel, with a word more than the row needs. kEnd: nothing may be read beyond the branch's last number.
+// Channels first to last of a row; r is the residual's, or null where it is zero, and may be out; q is the branch's
+// first number that lands there, and landing has one bit per channel, with a word more than the row needs. kEnd:
+// nothing may be read beyond the branch's last number.
 template <class Format, bool kRelu, bool kEnd>
-inline void join_row(typename Format::Stored* r, const typename Format::Stored* q, const uint16_t* landing,
-                     int64_t first, int64_t last) {
+inline void join_row(typename Format::Stored* out, const typename Format::Stored* r, const typename Format::Stored* q,
+                     const uint16_t* landing, int64_t first, int64_t last) {
   int64_t c = first;
 #if MFP_LANES >= 8 && defined(__x86_64__)
   for (; c + kLanes <= last; c += kLanes) {
@@ -58,14 +60,17 @@ inline void join_row(typename Format::Stored* r, const typename Format::Stored* 
     const uint32_t bits = words >> (c % 16) & ((1u << kLanes) - 1);
     const int count = __builtin_popcount(bits);
     Vec next;
-    if (kEnd) {
+    if constexpr (kEnd && std::is_same_v<Format, Float>) {
+      next = load_some(q, count);
+    } else if (kEnd) {
       typename Format::Stored some[kLanes] = {};
       std::memcpy(some, q, count * sizeof *q);
       next = Format::load_vector(some);
     } else {
       next = Format::load_vector(q);
     }
-    Format::store_vector(r + c, rectified(Format::load_vector(r + c) + spread(next, bits), kRelu));
+    const Vec before = r == nullptr ? Vec{} : Format::load_vector(r + c);
+    Format::store_vector(out + c, rectified(before + spread(next, bits), kRelu));
     q += count;
   }
 #endif
@@ -75,15 +80,15 @@ inline void join_row(typename Format::Stored* r, const typename Format::Stored* 
     const uint32_t words = landing[c / 16] | static_cast<uint32_t>(landing[c / 16 + 1]) << 16;
     const __mmask16 left = (1u << (last - c)) - 1, bits = words >> (c % 16) & left;
     const Vec next = (Vec)_mm512_maskz_expandloadu_ps(bits, q);
-    const Vec sum = (Vec)_mm512_maskz_loadu_ps(left, r + c) + next;
-    _mm512_mask_storeu_ps(r + c, left, (__m512)rectified(sum, kRelu));
+    const Vec sum = (r == nullptr ? Vec{} : (Vec)_mm512_maskz_loadu_ps(left, r + c)) + next;
+    _mm512_mask_storeu_ps(out + c, left, (__m512)rectified(sum, kRelu));
     return;
   }
 #endif
   for (; c < last; ++c) {
-    float value = Format::load_one(r + c);
+    float value = r == nullptr ? 0.0f : Format::load_one(r + c);
     if (landing[c / 16] >> (c % 16) & 1) value += Format::load_one(q++);
-    Format::store_one(r + c, rectified(value, kRelu));
+    Format::store_one(out + c, rectified(value, kRelu));
   }
 }
 

@@ -1,4 +1,5 @@
-// residual[:, index] += branch, then ReLU if asked: one pass over the residual. Compiled once per instruction set.
+// out = residual, out[:, index] += branch, then ReLU if asked: one pass over memory. The residual may be out itself, or
+// null where it is zero. Compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,8 @@ namespace mfp::cpu {
 
 // Channels innermost: one row of residual [channels] takes one row of branch [branch_channels].
 struct ScatterRows {
-  void* residual;
+  void* out;
+  const void* residual;
   const void* branch;
   DType dtype;
   const uint16_t* landing;  // a bit per channel: whether the next of the branch lands here; and one word more
@@ -21,7 +23,8 @@ struct ScatterRows {
 
 // Other layouts: one channel's plane of the residual takes one of the branch, or none.
 struct ScatterPlane {
-  void* residual;
+  void* out;
+  const void* residual;
   const void* branch;  // or null
   DType dtype;
   int64_t size;

@@ -1,9 +1,12 @@
-// scatter_add_ on CPU tensors. The schema is in mfp/schemas.py.
+// scatter_add_ and join_channels on CPU tensors. The schemas are in mfp/schemas.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <ATen/ops/empty.h>
+
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "cpu/join/landing.h"
@@ -23,26 +26,27 @@ struct Work {
   bool last, relu;
 };
 
-Work describe(const at::Tensor& residual, const at::Tensor& branch, const at::Tensor& index, bool relu) {
+// out: of the residual's shape and layout.
+Work describe(const at::Tensor& out, const at::Tensor& branch, const at::Tensor& index, bool relu) {
   Work work;
-  work.channels = residual.size(1), work.branch_channels = branch.size(1), work.relu = relu;
-  work.landing = landing_bits("scatter_add_", index, work.channels);
+  work.channels = out.size(1), work.branch_channels = branch.size(1), work.relu = relu;
+  work.landing = landing_bits("join", index, work.channels);
   const int64_t* places = index.const_data_ptr<int64_t>();
   work.source.assign(work.channels, -1);
   for (int64_t i = 0; i < index.numel(); ++i) work.source[places[i]] = static_cast<int32_t>(i);
-  work.last = !residual.is_contiguous();
-  const int64_t numbers = residual.numel();
-  work.outer = work.last ? numbers / work.channels : residual.size(0);
-  work.inner = work.last ? 1 : numbers / std::max<int64_t>(residual.size(0) * work.channels, 1);
+  work.last = !out.is_contiguous();
+  const int64_t numbers = out.numel();
+  work.outer = work.last ? numbers / work.channels : out.size(0);
+  work.inner = work.last ? 1 : numbers / std::max<int64_t>(out.size(0) * work.channels, 1);
   if (work.inner == 1 && !work.last) work.last = true;  // [B, C]: rows in either reading
   return work;
 }
 
-void run(const Work& work, void* residual, const void* branch, DType dtype) {
+void run(const Work& work, void* out, const void* residual, const void* branch, DType dtype) {
   const Isa isa = current_isa();
   if (work.last) {
-    const ScatterRows rows = {residual, branch, dtype, work.landing.data(), work.channels, work.branch_channels,
-                              work.relu};
+    const ScatterRows rows = {
+        out, residual, branch, dtype, work.landing.data(), work.channels, work.branch_channels, work.relu};
     const auto run = MFP_OF_ISA(isa, scatter_rows);
     at::parallel_for(0, work.outer, std::max<int64_t>(kGrain / work.channels, 1),
                      [&](int64_t begin, int64_t end) { run(rows, begin, end); });
@@ -50,43 +54,82 @@ void run(const Work& work, void* residual, const void* branch, DType dtype) {
   }
   const auto run = MFP_OF_ISA(isa, scatter_plane);
   const int64_t bytes = work.inner * (dtype == DType::float32 ? 4 : 2);
+  const auto at_byte = [](const void* p, int64_t place) { return p ? static_cast<const char*>(p) + place : nullptr; };
   at::parallel_for(
       0, work.outer * work.channels, std::max<int64_t>(kGrain / work.inner, 1), [&](int64_t begin, int64_t end) {
         for (int64_t plane = begin; plane < end; ++plane) {
           const int64_t batch = plane / work.channels, from = work.source[plane % work.channels];
-          const char* added = static_cast<const char*>(branch) + (batch * work.branch_channels + from) * bytes;
-          run({static_cast<char*>(residual) + plane * bytes, from < 0 ? nullptr : added, dtype, work.inner, work.relu});
+          const void* added = from < 0 ? nullptr : at_byte(branch, (batch * work.branch_channels + from) * bytes);
+          run({static_cast<char*>(out) + plane * bytes, at_byte(residual, plane * bytes), added, dtype, work.inner,
+               work.relu});
         }
       });
 }
 
-void scatter_add_(const at::Tensor& residual, const at::Tensor& branch, const at::Tensor& index, bool relu) {
+void check(const at::Tensor& residual, const at::Tensor& branch, const at::Tensor& index) {
   TORCH_CHECK(
       residual.dim() >= 2 && branch.dim() == residual.dim() && index.dim() == 1 && branch.size(1) == index.numel(),
-      "scatter_add_: residual is ", residual.sizes(), ", branch ", branch.sizes(), ", index ", index.sizes(),
+      "join: residual is ", residual.sizes(), ", branch ", branch.sizes(), ", index ", index.sizes(),
       "; expected index to name one channel of the residual for each channel of the branch");
   for (int64_t d = 0; d < residual.dim(); ++d) {
-    TORCH_CHECK(d == 1 || residual.size(d) == branch.size(d), "scatter_add_: residual is ", residual.sizes(),
-                ", branch ", branch.sizes(), "; expected sizes that differ in the channels alone");
+    TORCH_CHECK(d == 1 || residual.size(d) == branch.size(d), "join: residual is ", residual.sizes(), ", branch ",
+                branch.sizes(), "; expected sizes that differ in the channels alone");
   }
   TORCH_CHECK(branch.scalar_type() == residual.scalar_type() && index.scalar_type() == at::kLong && branch.is_cpu() &&
                   index.is_cpu(),
-              "scatter_add_: branch is ", branch.scalar_type(), " on ", branch.device(), ", residual ",
-              residual.scalar_type(), " on ", residual.device(), ", index ", index.scalar_type(), " on ",
-              index.device(), "; expected one dtype, int64 index, one device");
-  // not suggest_memory_format(), which looks at the strides of dimensions of size 1
-  const auto format = residual.dim() == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
-  TORCH_CHECK(residual.is_contiguous() || (residual.dim() > 3 && residual.is_contiguous(format)),
-              "scatter_add_: residual has strides ", residual.strides(), "; expected contiguous or channels_last");
+              "join: branch is ", branch.scalar_type(), " on ", branch.device(), ", residual ", residual.scalar_type(),
+              " on ", residual.device(), ", index ", index.scalar_type(), " on ", index.device(),
+              "; expected one dtype, int64 index, one device");
+}
+
+// not suggest_memory_format(), which looks at the strides of dimensions of size 1
+at::MemoryFormat channels_last(int64_t dims) {
+  return dims == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
+}
+
+bool is_channels_last(const at::Tensor& tensor) {
+  return tensor.dim() > 3 && tensor.dim() < 6 && tensor.is_contiguous(channels_last(tensor.dim()));
+}
+
+void scatter_add_(const at::Tensor& residual, const at::Tensor& branch, const at::Tensor& index, bool relu) {
+  check(residual, branch, index);
+  TORCH_CHECK(residual.is_contiguous() || is_channels_last(residual), "join: residual has strides ", residual.strides(),
+              "; expected contiguous or channels_last");
   if (residual.numel() == 0) return;
   const Work work = describe(residual, branch, index.contiguous(), relu);
-  const at::Tensor source = residual.is_contiguous() ? branch.contiguous() : branch.contiguous(format);
-  run(work, residual.mutable_data_ptr(), source.const_data_ptr(), dtype_of(residual));
+  const at::Tensor source =
+      residual.is_contiguous() ? branch.contiguous() : branch.contiguous(channels_last(residual.dim()));
+  void* const out = residual.mutable_data_ptr();
+  run(work, out, out, source.const_data_ptr(), dtype_of(residual));
   if (!residual.is_inference()) residual.unsafeGetTensorImpl()->bump_version();
+}
+
+// The join as a tensor of its own, in the residual's layout; without a residual zeros, in the branch's.
+at::Tensor join_channels(const std::optional<at::Tensor>& given, const at::Tensor& branch, const at::Tensor& index,
+                         int64_t channels) {
+  const at::Tensor& like = given ? *given : branch;
+  const auto format =
+      !like.is_contiguous() && like.dim() > 3 ? channels_last(like.dim()) : at::MemoryFormat::Contiguous;
+  std::vector<int64_t> sizes = branch.sizes().vec();
+  if (sizes.size() > 1) sizes[1] = channels;
+  const at::Tensor out = at::empty(sizes, branch.options().memory_format(format));
+  check(given ? *given : out, branch, index);
+  TORCH_CHECK(!given || given->size(1) == channels, "join: residual is ", like.sizes(), "; expected ", channels,
+              " channels");
+  if (out.numel() == 0) return out;
+  const Work work = describe(out, branch, index.contiguous(), false);
+  const at::Tensor source = branch.contiguous(format);
+  const at::Tensor residual = given ? given->contiguous(format) : at::Tensor();
+  run(work, out.mutable_data_ptr(), given ? residual.const_data_ptr() : nullptr, source.const_data_ptr(),
+      dtype_of(branch));
+  return out;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mfp, CPU, m) { m.impl("scatter_add_", &scatter_add_); }
+TORCH_LIBRARY_IMPL(mfp, CPU, m) {
+  m.impl("scatter_add_", &scatter_add_);
+  m.impl("join_channels", &join_channels);
+}
 
 }  // namespace mfp::cpu
