@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mfp import modules as own
+from mfp.batch_norm import NarrowBatchNorm2d
 from mfp.errors import MfpError
 from mfp.serving import modules as serving
 from mfp.serving.prepare import IN_PLACE
@@ -67,7 +68,7 @@ PYTHON: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 MODULES: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (
     nn.Module, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, NarrowBatchNorm2d,
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
     own.AddConstants, own.ConvWithBorder, own.ExpandChannels, own.InputSizes, own.ResidualJoin, own.SelectChannels,
     *serving.SERVING_MODULES,
@@ -166,7 +167,7 @@ def _config(name: str, module: nn.Module) -> dict[str, Any]:
     kinds = [kind for kind in cls.__mro__ if kind is cls or issubclass(kind, nn.Conv2d | nn.Linear)]
     keys = [key for kind in kinds for key in inspect.signature(kind.__init__).parameters]
     # bias is True or False there
-    takes_flag = cls.__module__.startswith("torch.") or isinstance(module, nn.Conv2d | nn.Linear)
+    takes_flag = cls.__module__.startswith("torch.") or isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d)
     config: dict[str, Any] = {}
     for key in keys:
         value = getattr(module, key, inspect.Parameter.empty)

@@ -164,7 +164,7 @@ def test_one_value_a_channel_is_torchs_error():
         narrow(10)(torch.zeros(1, 10, 1, 1))
 
 
-def test_a_shrunk_network_uses_it_and_compacts_to_plain_modules():
+def test_a_shrunk_network_uses_it_is_saved_with_it_and_compacts_to_plain_modules(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8),
@@ -177,6 +177,13 @@ def test_a_shrunk_network_uses_it_and_compacts_to_plain_modules():
     norms = [module for module in small.modules() if isinstance(module, nn.BatchNorm2d)]
     assert [type(norm) for norm in norms] == [NarrowBatchNorm2d] * 2 and norms[0].num_features == 10
     assert calls_of_the_op(small.train(), x) == 2
+    mfp.save(small, tmp_path / "small.mfp")
+    again = mfp.load(tmp_path / "small.mfp").to(memory_format=CL)
+    assert again.training and calls_of_the_op(copy.deepcopy(again), x) == 2
+    for network in (small, again):
+        network(x).square().sum().backward()
+    for ours, its in zip(again.parameters(), small.parameters(), strict=True):
+        assert torch.equal(ours.grad, its.grad)
     with pytest.warns(UserWarning, match="removed nothing"):
         compact = mfp.compact(small.eval(), x)
     assert NarrowBatchNorm2d not in {type(module) for module in compact.modules()}
