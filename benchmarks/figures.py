@@ -168,6 +168,24 @@ def torch_pruning(rows: list[dict]) -> str:
     )
 
 
+def whole_runs(rows: list[dict]) -> str:
+    runs: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        runs.setdefault((row["schedule"], row["arch"], row["residual"], row["seed"]), {})[row["network"]] = row
+    lines = []
+    for (schedule, arch, residual, seed), found in runs.items():
+        dense = found["dense"]["seconds"]
+        times = [
+            f"{found[key]['seconds']:.0f} ({found[key]['seconds'] / dense:.2f})" if key != "dense" else f"{dense:.0f}"
+            for key in ("dense", "masked", "smaller")
+        ]
+        ends = [f"{found[key]['top1']:.2f}" for key in ("dense", "masked", "smaller")]
+        kept = found["smaller"]["flops"] / found["dense"]["flops"]
+        lines.append([schedule, f"{name(arch)}, {residual}", str(seed), f"{kept:.1%}", *times, *ends])
+    header = ("schedule", "network", "seed", "FLOPs kept", "dense, s", "masked, s (/ dense)", "smaller, s (/ dense)")
+    return table([*header, "top-1, %: dense", "masked", "smaller"], lines)
+
+
 def demo(rows: list[dict]) -> str:
     lines = {
         "test accuracy, %": [f"{row['top1']:.2f}" for row in rows],
@@ -230,6 +248,7 @@ TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "layers": ("layers*.json", layers),
     "training": ("training*.json", training),
     "torch_pruning": ("torch_pruning*.json", torch_pruning),
+    "whole-runs": ("whole-runs.json", whole_runs),
     "demo": ("demo.json", demo),
     "networks": ("zoo.json", networks),
     "eight_bits": ("eight-bits.json", eight_bits),
