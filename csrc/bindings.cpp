@@ -8,8 +8,8 @@
 namespace py = pybind11;
 
 namespace mfp {
-void define_network_state(py::module& module);  // network_state.cpp
-void define_tape(py::module& module);           // tape.cpp
+void define_replays(py::module& module);  // replays.cpp
+void define_tape(py::module& module);     // tape.cpp
 }  // namespace mfp
 
 static py::dict build_info() {
@@ -43,6 +43,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info, "torch, compiler, CUDA architectures and CPU instruction set of this build");
   module.def("measure_limits", &measure_limits, py::arg("num_threads"),
              "float operations per second of this machine: adds, fmas, and pairs of both");
-  mfp::define_network_state(module);
+  mfp::define_replays(module);
   mfp::define_tape(module);
 }

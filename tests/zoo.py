@@ -39,7 +39,7 @@ from zoo_networks import ZOO, Entry
 
 import mfp
 from mfp.bench import results
-from mfp.serving.network import _tapes
+from mfp.serving.network import Recording, _tapes
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from figures import networks
@@ -222,7 +222,7 @@ def replay(entry: Entry, result: dict[str, Any]) -> None:
         if not all(torch.equal(a, b) for a, b in zip(tree_leaves(found[0]), tree_leaves(other), strict=True)):
             result["failed"].append("a later call gives something else")
     tapes = _tapes.get(serving)
-    result["replayed"] = tapes is not None and any(recording.tape for recording in tapes.recordings.values())
+    result["replayed"] = tapes is not None and any(isinstance(found, Recording) for found in tapes.replays.all())
 
 
 @torch.no_grad()

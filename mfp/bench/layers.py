@@ -124,7 +124,7 @@ def time_layers(serving: ServingNetwork, x: torch.Tensor) -> list[dict[str, Any]
     for _ in range(2):
         serving(x)
     recording = record(serving, [x], _C.Memory())[1]
-    if recording.tape is None:
+    if recording is None:
         raise MfpError(f"{type(serving).__name__} cannot be replayed: its layers have no times of their own")
     runs = [recording.tape.seconds([x]) for _ in range(CALLS + 3)][3:]
     times: dict[str, float] = {}

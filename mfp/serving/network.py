@@ -8,11 +8,8 @@ operators whose result decides about what comes next.
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,9 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from mfp import backend as backends
-from mfp.modules import only_runs
 
-MOST_TAPES = 8  # of one network, each for some sizes of the inputs
 DATA_DECIDES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int)
 
@@ -33,26 +28,21 @@ class ServingNetwork(fx.GraphModule):
     """A graph whose calls without gradients on a CPU are replayed; ``forward`` is the readable form."""
 
     def __call__(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
         if kwargs:
             args, kwargs = in_order(self, args, kwargs)
-        if kwargs or not replays(args):
-            return super().__call__(*args, **kwargs)
         tapes = _tapes.get(self)
         if tapes is None:
             tapes = _tapes[self] = Tapes()
-        state = tapes.state_of(self)
-        if state is None:
-            return super().__call__(*args)
-        sizes = tuple((x.dtype, x.shape, x.stride()) for x in args)
-        recording = tapes.find(sizes, state)
-        if recording is None:  # what the layers keep from call to call (packed weights, border maps) is made now
-            tapes.add(sizes, state, NOT_YET)
-            return super().__call__(*args)
-        if recording is NOT_YET:
-            result, recording = record(self, args, tapes.memory)
-            tapes.add(sizes, state, recording)
-            return result
-        return super().__call__(*args) if recording.tape is None else recording.replay(args)
+        found = tapes.replays.find(self, args) if tapes.replays and not kwargs else None
+        if found is None:
+            return super().__call__(*args, **kwargs)
+        if found is not True:
+            return found.replay(args)
+        result, recording = record(self, args, tapes.memory)
+        tapes.replays.keep(self, args, recording)
+        return result
 
 
 def in_order(network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -62,73 +52,40 @@ def in_order(network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     return ((*args, *(kwargs[name] for name in names)), {}) if kwargs.keys() == set(names) else (args, kwargs)
 
 
-def replays(args: Sequence[Any]) -> bool:
-    """Whether the call is one that a tape can serve."""
-    if not only_runs() or not args or torch.is_autocast_enabled("cpu"):
-        return False
-    if torch._C._len_torch_dispatch_stack():
-        return False
-    if not all(type(x) is Tensor and x.is_cpu for x in args):
-        return False
-    return backends.choose(args[0].device).name == "cpu"
-
-
 @dataclass(frozen=True)
 class Recording:
-    """A tape, the names of its steps' nodes, and what the network returns; no tape where none can be made."""
+    """A tape, the names of its steps' nodes, and what the network returns."""
 
-    tape: Any = None
-    steps: tuple[str, ...] = ()
-    leaves: tuple[Any, ...] = ()
-    spec: TreeSpec | None = None
-    kept: tuple[Any, ...] = ()  # the parameters' memory, not to be given to others
+    tape: Any
+    steps: tuple[str, ...]
+    leaves: tuple[Any, ...]
+    spec: TreeSpec
+    kept: tuple[Any, ...]  # the parameters' memory, not to be given to others
 
     def replay(self, args: Sequence[Tensor]) -> Any:
-        made = iter(self.tape.run(args))
-        return tree_unflatten([next(made) if isinstance(x, Tensor) else x for x in self.leaves], self.spec)
-
-
-NOT_YET = Recording()  # the sizes were seen once
+        made = self.tape.run(args)
+        if made and self.spec.is_leaf():
+            return made[0]
+        results = iter(made)
+        return tree_unflatten([next(results) if isinstance(x, Tensor) else x for x in self.leaves], self.spec)
 
 
 class Tapes:
-    """The recordings of one network, those used last."""
+    """The recordings of one network, and the memory that they share; neither without the compiled part."""
 
     def __init__(self) -> None:
-        from mfp import _C  # type: ignore[attr-defined]  # the compiled part
+        self.memory = self.replays = None
+        if backends.backends()["cpu"].unusable is None:
+            from mfp import _C  # type: ignore[attr-defined]  # the compiled part
 
-        self.lock, self.memory, self.network_state = Lock(), _C.Memory(), _C.NetworkState()
-        self.state: tuple[Any, ...] | None = None
-        self.recordings: OrderedDict[tuple, Recording] = OrderedDict()
-
-    def state_of(self, network: nn.Module) -> tuple[Any, ...] | None:
-        """Changes when a parameter, a buffer or a mode does; None where a hook is to be called."""
-        found = self.network_state.look(network)
-        return None if found is None else (os.environ.get("MFP_WINOGRAD"), found)
-
-    def find(self, sizes: tuple, state: tuple[Any, ...]) -> Recording | None:
-        with self.lock:
-            if self.state != state:
-                self.recordings.clear()
-                self.state = state
-            found = self.recordings.get(sizes)
-            if found is not None:
-                self.recordings.move_to_end(sizes)
-            return found
-
-    def add(self, sizes: tuple, state: tuple[Any, ...], recording: Recording) -> None:
-        with self.lock:
-            if self.state == state:
-                self.recordings[sizes] = recording
-                while len(self.recordings) > MOST_TAPES:
-                    self.recordings.popitem(last=False)
+            self.memory, self.replays = _C.Memory(), _C.Replays()
 
 
 _tapes: WeakKeyDictionary[nn.Module, Tapes] = WeakKeyDictionary()
 
 
-def record(network: ServingNetwork, args: Sequence[Tensor], memory: Any) -> tuple[Any, Recording]:
-    """What the network returns, and how to get it again from other inputs of these sizes."""
+def record(network: ServingNetwork, args: Sequence[Tensor], memory: Any) -> tuple[Any, Recording | None]:
+    """What the network returns, and how to get it again from other inputs of these sizes; None where that cannot be."""
     from mfp import _C  # type: ignore[attr-defined]  # the compiled part
     from mfp.graph_json import MODULES  # the layers that are known to compute the same thing at each call
 
@@ -139,7 +96,7 @@ def record(network: ServingNetwork, args: Sequence[Tensor], memory: Any) -> tupl
     leaves, spec = tree_flatten(result)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not recorder.possible or any(isinstance(leaf, torch.SymInt) for leaf in leaves):
-        return result, Recording()
+        return result, None
     recorder.tape.finish(tensors)
     shapes = tuple(leaf.new_empty(0) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     kept = tuple(tensor.detach() for tensor in [*network.parameters(), *network.buffers()])
