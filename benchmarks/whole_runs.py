@@ -3,8 +3,9 @@ they end.
 
     python benchmarks/whole_runs.py --fashion-mnist PATH --json benchmarks/results/whole-runs.json
 
-"demo" is what `mfp prune` does without options, with two seeds. "ten epochs" is a schedule whose mask holds from the
-fourth of ten epochs on (as from the 40th of 100), on a part of Fashion-MNIST. Nothing else should run on the machine.
+"demo" is what `mfp prune` does without options, with two seeds. "ten epochs" is a schedule whose mask holds
+after the fourth of ten epochs (as after the 40th of 100), on a part of Fashion-MNIST. Nothing else
+should run on the machine.
 """
 
 import argparse

@@ -103,8 +103,8 @@ class NetworkState {
   std::vector<int64_t> found_;
 };
 
-// The recordings of one network, those used last. Nothing here runs Python code, so that the interpreter's lock is
-// enough.
+// The recordings of one network, those used last. The interpreter's lock is enough: recordings are let go (whose ends
+// might run Python code) when everything else is in order again.
 class Replays {
  public:
   // The recording for these arguments; true where one is to be made now, since their sizes were seen before; None where
@@ -112,24 +112,41 @@ class Replays {
   // layers keep from call to call, packed weights and maps, is made in the first one.)
   py::object find(py::handle network, const py::tuple& arguments) {
     std::vector<int64_t> sizes;
-    if (!is_plain_call(arguments, sizes) || !same_state(network)) return py::none();
+    if (!is_plain_call(arguments, sizes)) return py::none();
+    std::optional<std::vector<int64_t>> state = state_of(network);
+    if (!state) return py::none();
+    std::vector<Recording> old;
+    if (*state != state_) {
+      old.swap(recordings_);
+      state_ = std::move(*state);
+    }
     const auto found = std::find_if(recordings_.begin(), recordings_.end(),
                                     [&](const Recording& recording) { return recording.sizes == sizes; });
     if (found == recordings_.end()) {
-      add({std::move(sizes), py::bool_(true)});
+      if (recordings_.size() == kMost) {
+        old.push_back(std::move(recordings_.front()));
+        recordings_.erase(recordings_.begin());
+      }
+      recordings_.push_back({std::move(sizes), py::bool_(true)});
       return py::none();
     }
     std::rotate(found, found + 1, recordings_.end());
     return recordings_.back().recording;
   }
 
-  // A recording, or None where the graph is always to run. Forgotten where the network has changed meanwhile.
-  void keep(py::handle network, const py::tuple& arguments, py::object recording) {
+  // The recording that `find` asked for, or None where the graph is always to run. `find` tells the network's state;
+  // where it is another one by now, the recording is of weights that are no more.
+  void keep(py::handle network, const py::tuple& arguments, py::object recording, const std::string& state) {
     std::vector<int64_t> sizes;
-    if (!is_plain_call(arguments, sizes) || !same_state(network)) return;
-    std::erase_if(recordings_, [&](const Recording& other) { return other.sizes == sizes; });
-    add({std::move(sizes), std::move(recording)});
+    if (!is_plain_call(arguments, sizes) || state != bytes_of(state_) || state_of(network) != state_) {
+      return;
+    }
+    for (Recording& other : recordings_) {
+      if (other.sizes == sizes) return std::swap(other.recording, recording);
+    }
   }
+
+  py::bytes state() const { return bytes_of(state_); }
 
   py::list all() const {
     py::list found;
@@ -147,8 +164,8 @@ class Replays {
     const char* const backend = std::getenv("MFP_BACKEND");
     if (at::GradMode::is_enabled() || torch::jit::tracer::isTracing() || c10::impl::TorchDispatchModeTLS::stack_len() ||
         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-        at::autocast::is_autocast_enabled(at::kCPU) ||
-        (backend != nullptr && *backend != 0 && std::string("cpu") != backend) || arguments.empty()) {
+        at::autocast::is_autocast_enabled(at::kCPU) || (backend != nullptr && std::string("cpu") != backend) ||
+        arguments.empty()) {
       return false;
     }
     for (const py::handle argument : arguments) {
@@ -162,21 +179,15 @@ class Replays {
     return true;
   }
 
-  bool same_state(py::handle network) {
-    std::optional<std::vector<int64_t>> state = look_.look(network);
-    if (!state) return false;
-    const char* const winograd = std::getenv("MFP_WINOGRAD");
-    for (const char* c = winograd ? winograd : "unset"; *c; ++c) state->push_back(*c);
-    if (*state != state_) {
-      recordings_.clear();
-      state_ = std::move(*state);
-    }
-    return true;
+  static std::string bytes_of(const std::vector<int64_t>& numbers) {
+    return {reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t)};
   }
 
-  void add(Recording recording) {
-    recordings_.push_back(std::move(recording));
-    if (recordings_.size() > kMost) recordings_.erase(recordings_.begin());
+  std::optional<std::vector<int64_t>> state_of(py::handle network) {
+    std::optional<std::vector<int64_t>> state = look_.look(network);
+    const char* const winograd = std::getenv("MFP_WINOGRAD");
+    for (const char* c = winograd ? winograd : "unset"; state && *c; ++c) state->push_back(*c);
+    return state;
   }
 
   NetworkState look_;
@@ -191,6 +202,7 @@ void define_replays(py::module& module) {
       .def(py::init<>())
       .def("find", &Replays::find, "a recording, True where one is to be made now, or None: run the graph")
       .def("keep", &Replays::keep, "a recording for arguments of such sizes; None: there can be none")
+      .def("state", &Replays::state, "of the network, as it was when `find` looked last")
       .def("all", &Replays::all);
 }
 

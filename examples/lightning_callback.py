@@ -1,4 +1,7 @@
-"""The pruner as a Lightning callback; its state travels in Lightning's own checkpoints."""
+"""The pruner as a Lightning callback; its state travels in Lightning's own checkpoints.
+
+Needs: pip install 'mfp[train]' pytorch-lightning
+"""
 
 import pytorch_lightning as lightning
 import torch

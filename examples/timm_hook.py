@@ -12,6 +12,8 @@ and timm's ModelEma stay the objects that they are):
     if epoch + 1 == hold:
         pruner.hold_()
         model = pruner.shrink_(optimizer, averaged=model_ema)
+
+Needs: pip install 'mfp[train]' timm
 """
 
 import timm

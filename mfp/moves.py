@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from mfp import backend as backends
@@ -18,7 +19,15 @@ from mfp.reference import memory_format_of
 def is_plain_call(x: Tensor, dim: int) -> bool:
     """Whether mfp's ops may run: nothing but results and gradients is asked, of tensors that they take."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not traced and dim == 1 and x.dim() > 2 and x.dtype in ops.FLOATS and type(x) in (Tensor, torch.nn.Parameter)
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return (
+        not traced
+        and not transformed
+        and dim == 1
+        and x.dim() > 2
+        and x.dtype in ops.FLOATS
+        and type(x) in (Tensor, torch.nn.Parameter)
+    )
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

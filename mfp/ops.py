@@ -408,7 +408,7 @@ def batch_norm_training_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """BatchNorm by the statistics of the batch, which the running ones move towards; without gradients; channels_last.
 
-    torch's own takes up to twenty times as long on a CPU where the channels are no multiple of 16.
+    torch's own takes many times as long on a CPU where the channels are no multiple of 16.
 
     Args:
         input: float32 ``[B, C, H, W]``, more than one value a channel.

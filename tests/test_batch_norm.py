@@ -134,7 +134,15 @@ def test_a_module_trains_as_torchs_does(channels):
     assert close([ours(x)], [theirs(x.double())], 1e-5)
 
 
+def with_changes(norm, **changes):
+    for name, value in changes.items():
+        setattr(norm, name, value)
+    return norm
+
+
 @pytest.mark.parametrize(("norm", "change"), [
+    (with_changes(narrow(10), track_running_stats=False), lambda x: x),
+    (with_changes(narrow(10), weight=nn.Parameter(torch.ones(20)[::2])), lambda x: x),
     (narrow(10), lambda x: x.contiguous()),
     (narrow(10).double(), lambda x: x.double()),
     (narrow(10, affine=False), lambda x: x),
@@ -149,9 +157,46 @@ def test_what_torch_does_well_or_alone_is_left_to_it(norm, change):
     plain.__class__ = nn.BatchNorm2d
     assert calls_of_the_op(norm, x) == 0
     plain(x)
-    assert torch.equal(norm(x), plain(x))
+    torch.testing.assert_close(norm(x), plain(x), rtol=1e-5, atol=1e-5)
     for name, value in norm.state_dict().items():
         assert torch.equal(value, plain.state_dict()[name])
+
+
+def test_gradients_of_gradients_are_torchs():
+    x, gradient, vectors = sample(10)
+    results = []
+    for norm, dtype in ((narrow(10), torch.float32), (nn.BatchNorm2d(10).train().double(), torch.float64)):
+        with torch.no_grad():
+            norm.weight.copy_(vectors[0])
+        given = x.clone().to(dtype).requires_grad_()
+        first = torch.autograd.grad((norm(given) * gradient.to(dtype)).sum(), given, create_graph=True)[0]
+        first.square().sum().backward()
+        results.append([first.detach(), given.grad, norm.weight.grad])
+    assert close(*results, 1e-4)
+
+
+def test_transforms_and_forward_mode_are_torchs():
+    x, gradient, _ = sample(10)
+    norm, plain = narrow(10), nn.BatchNorm2d(10).train()
+    plain.load_state_dict(norm.state_dict())
+
+    def value(x, module):
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        return (torch.func.functional_call(module, buffers, (x,)) * gradient).sum()
+
+    assert torch.equal(*(torch.func.grad(value)(x, module) for module in (norm, plain)))
+    with torch.autograd.forward_ad.dual_level():
+        tangents = [
+            torch.autograd.forward_ad.unpack_dual(module(torch.autograd.forward_ad.make_dual(x, gradient))).tangent
+            for module in (norm, plain)
+        ]
+    assert torch.equal(*tangents)
+
+
+def test_no_counter_is_no_error():
+    norm, (x, *_) = narrow(10), sample(10)
+    norm.num_batches_tracked = None
+    assert calls_of_the_op(norm, x) == 1
 
 
 def test_the_reference_backend_is_heard(monkeypatch):

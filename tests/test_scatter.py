@@ -128,6 +128,8 @@ def test_a_join_takes_views_of_other_layouts():
     residual, branch, index = sample((2, 20, 6, 6), 7, torch.float32, CL, generator)
     right = residual[:, :, ::2, 1:].index_add(1, index, branch[:, :, ::2, 1:])
     assert torch.equal(ops.join_channels(residual[:, :, ::2, 1:], branch[:, :, ::2, 1:], index, 20), right)
+    many = torch.randn(2, 2, 1, 3, 2, 2)[..., :1]
+    assert ops.join_channels(None, many, torch.tensor([1, 3]), 5)[:, [1, 3]].equal(many)
     flat = torch.randn(3, 2)
     assert ops.join_channels(None, flat, torch.tensor([1, 3]), 5)[:, [1, 3]].equal(flat)
 

@@ -161,6 +161,27 @@ def test_many_threads_and_sizes_at_once():
     assert len(serving_network._tapes[serving].replays.all()) == 8  # sizes of inputs, those used last
 
 
+def test_weights_that_change_while_a_tape_is_made_are_not_replayed(monkeypatch):
+    """As when another thread loads new ones."""
+    serving = mfp.compact(resnet(), images(), fold_bn=True)
+    record = serving_network.record
+
+    def record_and_change(*arguments):
+        result = record(*arguments)
+        for parameter in serving.parameters():
+            parameter.mul_(2)
+        return result
+
+    with torch.no_grad():
+        serving(images())
+        monkeypatch.setattr(serving_network, "record", record_and_change)
+        serving(images())
+        monkeypatch.undo()
+        for _ in range(3):
+            assert torch.equal(serving(images()), serving.forward(images()))
+    assert tapes(serving) == 1
+
+
 def test_copies_and_files_are_replayed_too(tmp_path):
     serving = mfp.compact(resnet(), images(), fold_bn=True)
     expected = check(serving, images())

@@ -40,8 +40,9 @@ class ServingNetwork(fx.GraphModule):
             return super().__call__(*args, **kwargs)
         if found is not True:
             return found.replay(args)
+        state = tapes.replays.state()
         result, recording = record(self, args, tapes.memory)
-        tapes.replays.keep(self, args, recording)
+        tapes.replays.keep(self, args, recording, state)
         return result
 
 

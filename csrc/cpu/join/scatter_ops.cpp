@@ -108,8 +108,8 @@ void scatter_add_(const at::Tensor& residual, const at::Tensor& branch, const at
 at::Tensor join_channels(const std::optional<at::Tensor>& given, const at::Tensor& branch, const at::Tensor& index,
                          int64_t channels) {
   const at::Tensor& like = given ? *given : branch;
-  const auto format =
-      !like.is_contiguous() && like.dim() > 3 ? channels_last(like.dim()) : at::MemoryFormat::Contiguous;
+  const auto format = !like.is_contiguous() && (like.dim() == 4 || like.dim() == 5) ? channels_last(like.dim())
+                                                                                    : at::MemoryFormat::Contiguous;
   std::vector<int64_t> sizes = branch.sizes().vec();
   if (sizes.size() > 1) sizes[1] = channels;
   const at::Tensor out = at::empty(sizes, branch.options().memory_format(format));
