@@ -212,9 +212,14 @@ def rates_section(results: Results) -> list[str]:
         "the same share of the multiply-adds of the compact network. A uniform rate moves many layers by a "
         "filter at once and may stop well below the share that was asked for, which counts against it here."
     )
-    machines = sorted({row["on"] for key, row in results.cell.items() if "FLOPs" in key[1] and row.get("on")})
-    text += f" These networks were trained and pruned on {'; '.join(machines)}." if machines else ""
+    text += made_on(row for key, row in results.cell.items() if "FLOPs" in key[1])
     return ["## Rates that suit the layers", "", text, "", *table(head, rows)]
+
+
+def made_on(rows: Iterable[dict]) -> str:
+    """On which machines, where rows came from others than the page's own."""
+    machines = sorted({row["on"] for row in rows if row.get("on")})
+    return f" Networks of these runs were trained and pruned on {'; '.join(machines)}." if machines else ""
 
 
 def once_section(results: Results) -> list[str]:
@@ -306,6 +311,8 @@ def scratch_section(results: Results) -> list[str]:
         "pruned softly after each epoch; in the last half of the epochs the mask holds. MFP "
         "switches between the five criteria; `random` and `worst` are not among these runs."
     )
+    own = {key[1]: row for key, row in results.cell.items() if key[0] == "scratch" and row.get("on")}
+    text += made_on(own.values()).replace("these runs", f"the runs at rates {', '.join(sorted(own))}")
     lines = ["## Pruned from scratch", "", text, ""]
     lines += accuracy_table(results, "scratch", results.methods("scratch"))
     return [*lines, *(scratch_sentence(results, rates) for rates in results.rates("scratch")), ""]
