@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mfp import ops
+from mfp import layer_ops
 from mfp.serving.modules import ONEDNN, ServingConv2d
 
 # (image size, inputs, filters, kernel, stride, channels of the residual or 0): ResNet-50, dense and at rate 0.4
@@ -44,15 +44,15 @@ def test_conv(benchmark, who, layer, batch):
 
         def mfp():
             if channels:
-                return ops.conv2d_join_(residual, x, weight, bias, index, *geometry, True, winograd)
-            return ops.conv2d(x, weight, bias, filters, *geometry, "relu", winograd)
+                return layer_ops.conv2d_join_(residual, x, weight, bias, index, *geometry, True, winograd)
+            return layer_ops.conv2d(x, weight, bias, filters, *geometry, "relu", winograd)
 
         def onednn():
             activation = "none" if channels else "relu"
             branch = torch.ops.mkldnn._convolution_pointwise(
                 x, packed, conv.bias, conv.padding, conv.stride, conv.dilation, 1, activation, [], ""
             )
-            return ops.scatter_add_(residual, branch, index, True) if channels else branch
+            return layer_ops.scatter_add_(residual, branch, index, True) if channels else branch
 
         run = mfp if who == "mfp" else onednn
         if channels:
@@ -83,7 +83,7 @@ def test_depthwise_conv(benchmark, who, size, channels, stride, batch):
         packed = conv.pack_for_onednn(x.shape)
 
         def mfp():
-            return ops.depthwise_conv2d(x, *arguments, *geometry, "relu6")
+            return layer_ops.depthwise_conv2d(x, *arguments, *geometry, "relu6")
 
         def onednn():
             return torch.ops.mkldnn._convolution_pointwise(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mfp import backend as backends
-from mfp import ops
+from mfp import layer_ops
 from mfp.moves import is_plain_call
 
 # Channels that torch's own kernel takes as fast: whole vectors, and so many that memory is what is waited for.
@@ -43,11 +43,13 @@ def is_plain_vector(x: Tensor | None) -> bool:
 
 
 class BatchNormTraining(torch.autograd.Function):
-    """:func:`mfp.ops.batch_norm_training_` with its gradients."""
+    """:func:`mfp.layer_ops.batch_norm_training_` with its gradients."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps) -> Tensor:
-        out, mean, inverse_std = ops.batch_norm_training_(x, weight, bias, running_mean, running_var, momentum, eps)
+        out, mean, inverse_std = layer_ops.batch_norm_training_(
+            x, weight, bias, running_mean, running_var, momentum, eps
+        )
         ctx.save_for_backward(x, weight, mean, inverse_std)
         ctx.eps = eps
         return out
@@ -60,5 +62,5 @@ class BatchNormTraining(torch.autograd.Function):
                 gradient, x, weight, None, None, *saved, True, ctx.eps, [True, True, True]
             )
         else:
-            found = ops.batch_norm_gradients(gradient, x, weight, *saved)
+            found = layer_ops.batch_norm_gradients(gradient, x, weight, *saved)
         return *found, None, None, None, None

@@ -21,7 +21,7 @@ from mfp.atomic import write_atomically
 from mfp.compact.report import CompactReport, LayerChange
 from mfp.errors import MfpError
 from mfp.graph_json import CONSTANTS, ModelFileError, describe_modules, describe_nodes, make_graph, make_module, path
-from mfp.modules import memory_format_of
+from mfp.layouts import memory_format_of
 from mfp.serving import ServingNetwork
 from mfp.serving.modules import SERVING_MODULES, ServingConv2d, ServingPointwiseDepthwise2d
 

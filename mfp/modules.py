@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfp import ops
-from mfp.moves import JoinChannels, SpreadChannels, TakeChannels, is_plain_call, memory_format_of
+from mfp.layouts import memory_format_of
+from mfp.moves import JoinChannels, SpreadChannels, TakeChannels, is_plain_call
 
 
 def per_channel(values: Tensor, dim: int, ndim: int) -> Tensor:

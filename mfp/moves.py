@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from mfp import backend as backends
-from mfp import ops
-from mfp.reference import memory_format_of
+from mfp import layer_ops, ops
+from mfp.layouts import memory_format_of
 
 
 def is_plain_call(x: Tensor, dim: int) -> bool:
@@ -35,7 +35,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.is_contiguous() or not x.is_contiguous(memory_format=memory_format_of(x)):
         return x.index_select(1, index)
     if x.dim() == 4 and x.dtype == torch.float32 and backends.choose(x.device).name == "cpu":
-        return ops.take_channels(x, index)
+        return layer_ops.take_channels(x, index)
     pixels = x.movedim(1, -1)  # channels lie innermost: as columns of a matrix
     columns = pixels.reshape(-1, x.shape[1]).index_select(1, index)
     return columns.view(*pixels.shape[:-1], len(index)).movedim(-1, 1)
@@ -47,7 +47,7 @@ class JoinChannels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, residual: Tensor, branch: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        return ops.join_channels(residual, branch, index, residual.shape[1])
+        return layer_ops.join_channels(residual, branch, index, residual.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -62,7 +62,7 @@ class SpreadChannels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, index: Tensor, width: int) -> Tensor:
         ctx.save_for_backward(index)
-        return ops.join_channels(None, x, index, width)
+        return layer_ops.join_channels(None, x, index, width)
 
     @staticmethod
     @once_differentiable
@@ -84,4 +84,4 @@ class TakeChannels(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
-        return ops.join_channels(None, gradient, index, ctx.width), None
+        return layer_ops.join_channels(None, gradient, index, ctx.width), None

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mfp.errors import CaptureError, MfpError, did_you_mean
-from mfp.ops import is_row_dense
+from mfp.layouts import is_row_dense
 from mfp.structure import CONVS, Structure, structure_of
 
 #: Projection shortcuts of residual networks, not pruned by default, as in the papers.

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfp.conv_weights import kernel_of_winograd
+from mfp.layouts import memory_format_of
 
 # What an op computes of a sum that is at hand.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -206,13 +207,6 @@ def join_channels(residual: Tensor | None, branch: Tensor, index: Tensor, channe
         out.copy_(residual)
     scatter_add_(out, branch, index, False)
     return out
-
-
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    """channels_last for what is not contiguous, where it has one."""
-    if x.is_contiguous() or x.dim() not in (4, 5):
-        return torch.contiguous_format
-    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
 def take_channels(input: Tensor, index: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mfp import reference
 from mfp.conv_weights import WINOGRAD_OUT, conv2d_sizes
+from mfp.layouts import memory_format_of
 
 SCHEMAS = """
 score_filters(Tensor[] weights, int[] kinds, float[] exponents, Tensor[] gradients) -> Tensor
@@ -96,7 +97,7 @@ def _(inputs, scale, shift, activation):
 def _(residual, branch, index, channels):
     shape = (branch.shape[0], channels, *branch.shape[2:])
     like = branch if residual is None else residual
-    return torch.empty(shape, dtype=branch.dtype, device=branch.device, memory_format=reference.memory_format_of(like))
+    return torch.empty(shape, dtype=branch.dtype, device=branch.device, memory_format=memory_format_of(like))
 
 
 @torch.library.register_fake("mfp::take_channels", lib=_library)

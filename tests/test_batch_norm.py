@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mfp
-from mfp import backend, ops, reference
+from mfp import backend, layer_ops, reference
 from mfp.batch_norm import NarrowBatchNorm2d
 
 CL = torch.channels_last
@@ -35,19 +35,19 @@ def close(ours, right, share=2e-6):
 def test_ops_equal_the_oracle(isa, channels, away):
     x, gradient, vectors = sample(channels, away=away)
     ours, right = [v.clone() for v in vectors], [v.double() for v in vectors]
-    results = ops.batch_norm_training_(x, *ours, 0.1, 1e-5)
+    results = layer_ops.batch_norm_training_(x, *ours, 0.1, 1e-5)
     expected = reference.batch_norm_training_(x.double(), *right, 0.1, 1e-5)
     assert results[0].is_contiguous(memory_format=CL)
     assert close([*results, *ours], [*expected, *right], 2e-6 if not away else 2e-5)
-    gradients = ops.batch_norm_gradients(gradient, x, vectors[0], *results[1:])
+    gradients = layer_ops.batch_norm_gradients(gradient, x, vectors[0], *results[1:])
     assert close(
         gradients, reference.batch_norm_gradients(gradient.double(), x.double(), right[0], *expected[1:]), 2e-5
     )
     alone = [torch.zeros_like(v) for v in vectors]
     torch.set_num_threads(1)  # the fixture sets it back
-    again = ops.batch_norm_training_(x, vectors[0], vectors[1], *alone[2:], 0.1, 1e-5)
+    again = layer_ops.batch_norm_training_(x, vectors[0], vectors[1], *alone[2:], 0.1, 1e-5)
     assert all(torch.equal(a, b) for a, b in zip(again, results, strict=True))
-    more = ops.batch_norm_gradients(gradient, x, vectors[0], *results[1:])
+    more = layer_ops.batch_norm_gradients(gradient, x, vectors[0], *results[1:])
     assert all(torch.equal(a, b) for a, b in zip(more, gradients, strict=True))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mfp import backend, ops, reference
+from mfp import backend, layer_ops, reference
 from mfp.conv_weights import kernel_of_winograd, pack_conv2d, pack_depthwise_conv2d, winograd_weight
 from mfp.reference import ACTIVATIONS
 
@@ -53,7 +53,7 @@ def test_equals_torch_bitwise_on_whole_numbers(isa, case):
     assert expected.abs().max() > 0
     packed = pack_conv2d(weight, bias)
     for activation in CLAMPS:
-        actual = ops.conv2d(x, *packed, len(weight), *geometry, activation)
+        actual = layer_ops.conv2d(x, *packed, len(weight), *geometry, activation)
         assert actual.is_contiguous(memory_format=CL)
         assert torch.equal(actual, ACTIVATIONS[activation](expected))
     for more in (0, 1, 50):
@@ -63,7 +63,7 @@ def test_equals_torch_bitwise_on_whole_numbers(isa, case):
         for relu in (False, True):
             right = residual.index_add(1, index, expected)
             actual = residual.clone(memory_format=CL)
-            ops.conv2d_join_(actual, x, *packed, index, *geometry, relu)
+            layer_ops.conv2d_join_(actual, x, *packed, index, *geometry, relu)
             assert torch.equal(actual, right.relu() if relu else right)
 
 
@@ -72,7 +72,7 @@ def test_real_numbers(isa):
     x = torch.randn(2, 200, 9, 9, generator=generator)
     weight, bias = torch.randn(72, 200, 3, 3, generator=generator), torch.randn(72, generator=generator)
     expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
-    actual = ops.conv2d(x, *pack_conv2d(weight, bias), 72, (1, 1), (1, 1), (1, 1))  # from NCHW
+    actual = layer_ops.conv2d(x, *pack_conv2d(weight, bias), 72, (1, 1), (1, 1), (1, 1))  # from NCHW
     assert (actual - expected).abs().max() < 2e-6 * expected.abs().max()
 
 
@@ -81,13 +81,13 @@ def test_bitwise_the_same_for_any_batch_and_number_of_threads(isa):
     x = torch.randn(5, 70, 11, 11, generator=generator).contiguous(memory_format=CL)
     weight, bias = torch.randn(90, 70, 3, 3, generator=generator), torch.randn(90, generator=generator)
     arguments = (*pack_conv2d(weight, bias), 90, (1, 1), (1, 1), (1, 1))
-    expected = ops.conv2d(x, *arguments)
+    expected = layer_ops.conv2d(x, *arguments)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            assert torch.equal(ops.conv2d(x, *arguments), expected)
-            assert torch.equal(torch.cat([ops.conv2d(image[None], *arguments) for image in x]), expected)
+            assert torch.equal(layer_ops.conv2d(x, *arguments), expected)
+            assert torch.equal(torch.cat([layer_ops.conv2d(image[None], *arguments) for image in x]), expected)
     finally:
         torch.set_num_threads(before)
 
@@ -109,13 +109,13 @@ def test_winograd(isa, case):
     largest = expected.abs().max()
     arguments, geometry = pack_conv2d(winograd_weight(weight), bias), ((1, 1), padding, (1, 1))
     for activation, function in ACTIVATIONS.items():
-        actual = ops.conv2d(x, *arguments, filters, *geometry, activation, winograd=True)
+        actual = layer_ops.conv2d(x, *arguments, filters, *geometry, activation, winograd=True)
         assert actual.is_contiguous(memory_format=CL)
         assert (actual - function(expected)).abs().max() < 5e-6 * largest
     index = torch.randperm(filters + 9, generator=generator)[:filters].sort().values
     residual = torch.randn(len(x), filters + 9, *expected.shape[2:], generator=generator).contiguous(memory_format=CL)
     right = residual.double().index_add(1, index, expected).relu()
-    ops.conv2d_join_(residual, x, *arguments, index, *geometry, True, winograd=True)
+    layer_ops.conv2d_join_(residual, x, *arguments, index, *geometry, True, winograd=True)
     assert (residual - right).abs().max() < 5e-6 * largest
 
 
@@ -138,27 +138,27 @@ def test_depthwise_equals_torch_bitwise_on_whole_numbers(isa, case):
     packed = pack_depthwise_conv2d(weight, bias)
     for activation in CLAMPS:
         right, arguments = ACTIVATIONS[activation](expected), (x, *packed, *geometry, activation)
-        actual = ops.depthwise_conv2d(*arguments)
+        actual = layer_ops.depthwise_conv2d(*arguments)
         assert actual.is_contiguous(memory_format=CL)
         assert torch.equal(actual, right)
         assert torch.equal(reference.depthwise_conv2d(*arguments), right)
-    assert ops.depthwise_conv2d(x[:0], *packed, *geometry).shape == (0, *expected.shape[1:])
+    assert layer_ops.depthwise_conv2d(x[:0], *packed, *geometry).shape == (0, *expected.shape[1:])
 
 
 NUMBERS = [*range(-100, 101), 1e-30, -1e-30, 3e38, -3e38, math.inf, -math.inf, math.nan]
 
 
 @pytest.mark.parametrize("activation", ["hardswish", "silu"])
-@pytest.mark.parametrize("kernel", [ops.conv2d, ops.depthwise_conv2d, ops.batch_norm])
+@pytest.mark.parametrize("kernel", [layer_ops.conv2d, layer_ops.depthwise_conv2d, layer_ops.batch_norm])
 def test_curves_in_every_kernel_and_at_every_number(isa, activation, kernel):
     """What is computed of a sum, against float64 and, where that is no number, torch in float32."""
     generator = torch.Generator().manual_seed(0)
     numbers = torch.cat([torch.tensor(NUMBERS), torch.randn(3000, generator=generator) * 4])
     x = numbers[: len(numbers) // 9 * 9].view(1, 1, 9, -1).expand(1, 5, -1, -1).contiguous(memory_format=CL)
     geometry = (1, 1), (0, 0), (1, 1)
-    if kernel is ops.batch_norm:
+    if kernel is layer_ops.batch_norm:
         actual = kernel([x], torch.ones(5), torch.zeros(5), activation)
-    elif kernel is ops.depthwise_conv2d:
+    elif kernel is layer_ops.depthwise_conv2d:
         actual = kernel(x, *pack_depthwise_conv2d(torch.ones(5, 1, 1, 1), None), *geometry, activation)
     else:
         x = x[:, :1]
@@ -176,23 +176,23 @@ def test_curves_in_every_kernel_and_at_every_number(isa, activation, kernel):
 def test_an_unknown_activation_is_refused():
     packed = pack_conv2d(torch.ones(4, 2, 3, 3), None)
     with pytest.raises(RuntimeError, match="activation tanh; known are none, relu, relu6, hardswish, silu"):
-        ops.conv2d(torch.zeros(1, 2, 5, 5), *packed, 4, (1, 1), (0, 0), (1, 1), "tanh")
+        layer_ops.conv2d(torch.zeros(1, 2, 5, 5), *packed, 4, (1, 1), (0, 0), (1, 1), "tanh")
 
 
 def call_batch_norm(x, weight, bias):
-    return ops.batch_norm(
+    return layer_ops.batch_norm(
         [x[:, :33], x[:, 33:]], weight[: x.shape[1], 0, 0, 0].contiguous(), bias[: x.shape[1]], "silu"
     )
 
 
 def call_winograd(x, weight, bias):
     packed = pack_conv2d(winograd_weight(weight), bias)
-    return ops.conv2d(x, *packed, len(weight), (1, 1), (1, 1), (1, 1), winograd=True)
+    return layer_ops.conv2d(x, *packed, len(weight), (1, 1), (1, 1), (1, 1), winograd=True)
 
 
 def call_depthwise(x, weight, bias):
     kernels = weight[: x.shape[1], :1]
-    return ops.depthwise_conv2d(x, *pack_depthwise_conv2d(kernels, bias[: x.shape[1]]), (1, 1), (1, 1), (1, 1))
+    return layer_ops.depthwise_conv2d(x, *pack_depthwise_conv2d(kernels, bias[: x.shape[1]]), (1, 1), (1, 1), (1, 1))
 
 
 @pytest.mark.parametrize("call", [call_winograd, call_depthwise, call_batch_norm])
@@ -226,10 +226,10 @@ def test_wrong_weights_of_the_other_kernels_are_refused():
     x, geometry = torch.zeros(1, 2, 9, 9), ((1, 1), (1, 1), (1, 1))
     plain, bias = pack_conv2d(torch.ones(4, 2, 3, 3), None)
     with pytest.raises(RuntimeError, match="6x6 weights, stride 1"):
-        ops.conv2d(x, plain, bias, 4, *geometry, winograd=True)
+        layer_ops.conv2d(x, plain, bias, 4, *geometry, winograd=True)
     six, bias = pack_conv2d(torch.ones(4, 2, 6, 6), None)
     with pytest.raises(RuntimeError, match="6x6 weights, stride 1"):
-        ops.conv2d(x, six, bias, 4, (2, 1), (1, 1), (1, 1), winograd=True)
+        layer_ops.conv2d(x, six, bias, 4, (2, 1), (1, 1), (1, 1), winograd=True)
     weights, bias = pack_depthwise_conv2d(torch.ones(2, 1, 3, 3), None)
     for change, message in (
         ({"input": torch.zeros(1, 17, 9, 9)}, "input is"), ({"input": torch.zeros(2, 9, 9)}, "input is"),
@@ -239,7 +239,7 @@ def test_wrong_weights_of_the_other_kernels_are_refused():
     ):  # fmt: skip
         given = {"input": x, "weights": weights, "bias": bias, "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
         with pytest.raises(RuntimeError, match=message):
-            ops.depthwise_conv2d(**{**given, **change})
+            layer_ops.depthwise_conv2d(**{**given, **change})
 
 
 def test_nothing_outside_the_residual_is_touched(isa):
@@ -247,7 +247,9 @@ def test_nothing_outside_the_residual_is_touched(isa):
     x, weight = torch.randn(1, 5, 3, 3, generator=generator), torch.randn(9, 5, 1, 1, generator=generator)
     around = torch.full((1 * 21 * 9 + 64,), 7.0)
     residual = around[32:-32].view(1, 3, 3, 21).permute(0, 3, 1, 2)
-    ops.conv2d_join_(residual, x, *pack_conv2d(weight, None), torch.arange(2, 20, 2), (1, 1), (0, 0), (1, 1), True)
+    layer_ops.conv2d_join_(
+        residual, x, *pack_conv2d(weight, None), torch.arange(2, 20, 2), (1, 1), (0, 0), (1, 1), True
+    )
     assert (around[:32] == 7).all()
     assert (around[-32:] == 7).all()
     assert (residual[:, 1::2] == 7).all()
@@ -260,18 +262,18 @@ def test_not_a_number_stays(isa, activation):
     x = torch.ones(1, 2, 4, 4)
     x[0, 0, 1, 1] = math.nan
     packed = pack_conv2d(torch.ones(20, 2, 1, 1), None)
-    actual = ops.conv2d(x, *packed, 20, (1, 1), (0, 0), (1, 1), activation)
+    actual = layer_ops.conv2d(x, *packed, 20, (1, 1), (0, 0), (1, 1), activation)
     assert actual[0, :, 1, 1].isnan().all()
     assert actual.isnan().sum() == 20
     residual = torch.zeros(1, 30, 4, 4).contiguous(memory_format=CL)
-    ops.conv2d_join_(residual, x, *packed, torch.arange(5, 25), (1, 1), (0, 0), (1, 1), True)
+    layer_ops.conv2d_join_(residual, x, *packed, torch.arange(5, 25), (1, 1), (0, 0), (1, 1), True)
     assert residual[0, 5:25, 1, 1].isnan().all()
     assert residual.isnan().sum() == 20
 
 
 def test_empty_batch():
     packed = pack_conv2d(torch.ones(4, 2, 3, 3), None)
-    assert ops.conv2d(torch.zeros(0, 2, 5, 5), *packed, 4, (1, 1), (0, 0), (1, 1)).shape == (0, 4, 3, 3)
+    assert layer_ops.conv2d(torch.zeros(0, 2, 5, 5), *packed, 4, (1, 1), (0, 0), (1, 1)).shape == (0, 4, 3, 3)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -302,11 +304,11 @@ def test_wrong_arguments_are_refused(change, message):
     joined = change.keys() <= given.keys() | {"residual", "index"}
     if alone:
         with pytest.raises(RuntimeError, match=message):
-            ops.conv2d(**{**given, "filters": 4, **change})
+            layer_ops.conv2d(**{**given, "filters": 4, **change})
     if joined:
         residual = torch.zeros(1, 6, 3, 3).contiguous(memory_format=CL)
         with pytest.raises(RuntimeError, match=message):
-            ops.conv2d_join_(**{**given, "residual": residual, "index": torch.arange(4), **change})
+            layer_ops.conv2d_join_(**{**given, "residual": residual, "index": torch.arange(4), **change})
 
 
 @pytest.mark.parametrize("case", CASES[:4] + CASES[-3:], ids=str)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mfp import backend, ops, reference
+from mfp import backend, layer_ops, reference
 from mfp.reference import ACTIVATIONS
 
 CL = torch.channels_last
@@ -21,12 +21,12 @@ def test_batch_norm(isa, channels):
     scale, shift = torch.randn(2, sum(channels), generator=generator)
     for activation in ACTIVATIONS:
         right = reference.batch_norm([x.double() for x in inputs], scale.double(), shift.double(), activation)
-        actual = ops.batch_norm(inputs, scale, shift, activation)
+        actual = layer_ops.batch_norm(inputs, scale, shift, activation)
         assert actual.is_contiguous(memory_format=CL)
         assert (actual - right).abs().max() < 1e-6 * right.abs().max()
-        each = [ops.batch_norm([x[i : i + 1] for x in inputs], scale, shift, activation) for i in range(3)]
+        each = [layer_ops.batch_norm([x[i : i + 1] for x in inputs], scale, shift, activation) for i in range(3)]
         assert torch.equal(torch.cat(each), actual)
-    assert ops.batch_norm([x[:0] for x in inputs], scale, shift).shape == (0, sum(channels), 5, 7)
+    assert layer_ops.batch_norm([x[:0] for x in inputs], scale, shift).shape == (0, sum(channels), 5, 7)
     torch.library.opcheck(torch.ops.mfp.batch_norm.default, (inputs, scale, shift, "relu"))
 
 
@@ -56,22 +56,22 @@ def test_squeeze_excite(isa, shape, hidden, activation, hard):
     ]
     right, actual = x.double(), x.clone()
     reference.squeeze_excite_(right, *(layer.double() for layer in layers), activation, hard)
-    ops.squeeze_excite_(actual, *layers, activation, hard)
+    layer_ops.squeeze_excite_(actual, *layers, activation, hard)
     assert (actual - right).abs().max() < 2e-6 * right.abs().max()
     for image in range(len(x)):  # alone an image is cut into parts for the threads
         alone = x[image : image + 1].clone()
-        ops.squeeze_excite_(alone, *layers, activation, hard)
+        layer_ops.squeeze_excite_(alone, *layers, activation, hard)
         assert torch.equal(alone, actual[image : image + 1])
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             again = x.clone()
-            ops.squeeze_excite_(again, *layers, activation, hard)
+            layer_ops.squeeze_excite_(again, *layers, activation, hard)
             assert torch.equal(again, actual)
     finally:
         torch.set_num_threads(before)
-    ops.squeeze_excite_(x[:0], *layers, activation, hard)
+    layer_ops.squeeze_excite_(x[:0], *layers, activation, hard)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -88,4 +88,4 @@ def test_wrong_arguments_of_squeeze_excite_are_refused(change, message):
         "reduce_bias": torch.ones(2), "expand_weight": torch.ones(2, 4), "expand_bias": torch.ones(4),
     }  # fmt: skip
     with pytest.raises(RuntimeError, match=message):
-        ops.squeeze_excite_(**{**given, **change})
+        layer_ops.squeeze_excite_(**{**given, **change})

@@ -10,7 +10,7 @@ from test_files_hostile import rewritten
 from torch import nn
 
 import mfp
-from mfp import backend, ops, reference
+from mfp import backend, layer_ops, reference
 from mfp.conv_weights import pack_conv2d, pack_depthwise_conv2d
 from mfp.serving.modules import ServingConv2d, ServingLinear, ServingPointwiseDepthwise2d
 
@@ -45,24 +45,24 @@ def test_the_same_bits_as_by_two_ops(isa, case):
     x, first, second, geometry = sample(case, torch.Generator().manual_seed(0))
     channels, before = case[1], torch.get_num_threads()
     for activations in (("relu6", "none"), ("silu", "hardswish")):
-        between = ops.conv2d(x, *first, channels, (1, 1), (0, 0), (1, 1), activations[0])
-        expected = ops.depthwise_conv2d(between, *second, *geometry, activations[1])
+        between = layer_ops.conv2d(x, *first, channels, (1, 1), (0, 0), (1, 1), activations[0])
+        expected = layer_ops.depthwise_conv2d(between, *second, *geometry, activations[1])
         arguments = (*first, activations[0], channels, *second, *geometry, activations[1])
         try:
             for threads in (1, 2, 16):
                 torch.set_num_threads(threads)
-                actual = ops.pointwise_depthwise_conv2d(x, *arguments)
+                actual = layer_ops.pointwise_depthwise_conv2d(x, *arguments)
                 assert actual.is_contiguous(memory_format=CL)
                 assert torch.equal(actual, expected)
         finally:
             torch.set_num_threads(before)
-        alone = [ops.pointwise_depthwise_conv2d(image[None], *arguments) for image in x]
+        alone = [layer_ops.pointwise_depthwise_conv2d(image[None], *arguments) for image in x]
         assert torch.equal(torch.cat(alone), expected)
         right = reference.pointwise_depthwise_conv2d(x.double(), *(
             value.double() if isinstance(value, torch.Tensor) else value for value in arguments
         ))  # fmt: skip
         assert (expected - right).abs().max() < 1e-5 * right.abs().max()
-    assert ops.pointwise_depthwise_conv2d(x[:0], *arguments).shape == (0, *expected.shape[1:])
+    assert layer_ops.pointwise_depthwise_conv2d(x[:0], *arguments).shape == (0, *expected.shape[1:])
 
 
 def test_opcheck_and_wrong_arguments():

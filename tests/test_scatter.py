@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mfp import ops
+from mfp import layer_ops
 
 pytestmark = pytest.mark.usefixtures("three_threads")
 
@@ -38,7 +38,7 @@ def test_equals_torch_bitwise_on_whole_numbers(isa, layout, dtype):
                 residual, branch, index = sample(shape, kept, dtype, layout, generator)
                 expected = residual.index_add(1, index, branch)
                 expected = expected.relu() if relu else expected
-                ops.scatter_add_(residual, branch, index, relu, backend="cpu")
+                layer_ops.scatter_add_(residual, branch, index, relu, backend="cpu")
                 assert torch.equal(residual, expected), (shape, kept, relu)
 
 
@@ -49,7 +49,7 @@ def test_layouts_may_differ_and_nothing_outside_is_touched():
         around = torch.full((residual.numel() + 32,), 7.0)
         inner = around[16:-16].as_strided(residual.shape, residual.stride(), 16).copy_(residual)
         expected = residual.index_add(1, index, branch)
-        ops.scatter_add_(inner, branch.contiguous(memory_format=other), index)
+        layer_ops.scatter_add_(inner, branch.contiguous(memory_format=other), index)
         assert torch.equal(inner, expected)
         assert (around[:16] == 7).all()
         assert (around[-16:] == 7).all()
@@ -63,13 +63,13 @@ def test_short_floats_are_summed_in_float32_and_rounded_once(layout, dtype):
     branch = torch.randn(2, 21, 5, 5, generator=generator).to(dtype).contiguous(memory_format=layout)
     index = torch.randperm(40, generator=generator)[:21].sort().values
     expected = residual.float().index_add(1, index, branch.float()).relu().to(dtype)
-    ops.scatter_add_(residual, branch, index, True, backend="cpu")
+    layer_ops.scatter_add_(residual, branch, index, True, backend="cpu")
     assert torch.equal(residual, expected)
 
 
 def test_not_a_number_stays():
     residual = torch.tensor([float("nan"), -1.0, 2.0]).view(1, 3, 1, 1).repeat(1, 6, 1, 1)
-    ops.scatter_add_(residual, torch.zeros(1, 1, 1, 1), torch.tensor([4]), True)
+    layer_ops.scatter_add_(residual, torch.zeros(1, 1, 1, 1), torch.tensor([4]), True)
     assert residual.flatten()[:3].isnan().tolist() == [True, False, False]
     assert residual.flatten()[1:3].tolist() == [0.0, 2.0]
 
@@ -85,7 +85,9 @@ def test_not_a_number_stays():
 ])  # fmt: skip
 def test_wrong_arguments_are_refused(index, shape, dtype, message):
     with pytest.raises(RuntimeError, match=message):
-        ops.scatter_add_(torch.zeros(1, 4, 2, 2), torch.zeros(shape, dtype=dtype), torch.tensor(index), backend="cpu")
+        layer_ops.scatter_add_(
+            torch.zeros(1, 4, 2, 2), torch.zeros(shape, dtype=dtype), torch.tensor(index), backend="cpu"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -104,7 +106,7 @@ def test_one_image_may_have_any_stride_between_images():
     assert residual.is_contiguous(memory_format=CL) and residual.clone().stride() == residual.stride()
     index = torch.tensor([0, 2])
     expected = residual.index_add(1, index, branch)
-    ops.scatter_add_(residual, branch, index, backend="cpu")
+    layer_ops.scatter_add_(residual, branch, index, backend="cpu")
     assert torch.equal(residual, expected)
 
 
@@ -117,7 +119,7 @@ def test_a_join_as_a_tensor_of_its_own(isa, layout, dtype):
             residual, branch, index = sample(shape, kept, dtype, layout, generator)
             for given in (residual, None):
                 before = torch.zeros_like(residual) if given is None else residual.clone()
-                out = ops.join_channels(given, branch, index, shape[1])
+                out = layer_ops.join_channels(given, branch, index, shape[1])
                 assert torch.equal(out, before.index_add(1, index, branch)), (shape, kept)
                 alike = residual if given is not None else branch
                 assert out.is_contiguous(memory_format=layout) or alike.is_contiguous()
@@ -127,11 +129,11 @@ def test_a_join_takes_views_of_other_layouts():
     generator = torch.Generator().manual_seed(0)
     residual, branch, index = sample((2, 20, 6, 6), 7, torch.float32, CL, generator)
     right = residual[:, :, ::2, 1:].index_add(1, index, branch[:, :, ::2, 1:])
-    assert torch.equal(ops.join_channels(residual[:, :, ::2, 1:], branch[:, :, ::2, 1:], index, 20), right)
+    assert torch.equal(layer_ops.join_channels(residual[:, :, ::2, 1:], branch[:, :, ::2, 1:], index, 20), right)
     many = torch.randn(2, 2, 1, 3, 2, 2)[..., :1]
-    assert ops.join_channels(None, many, torch.tensor([1, 3]), 5)[:, [1, 3]].equal(many)
+    assert layer_ops.join_channels(None, many, torch.tensor([1, 3]), 5)[:, [1, 3]].equal(many)
     flat = torch.randn(3, 2)
-    assert ops.join_channels(None, flat, torch.tensor([1, 3]), 5)[:, [1, 3]].equal(flat)
+    assert layer_ops.join_channels(None, flat, torch.tensor([1, 3]), 5)[:, [1, 3]].equal(flat)
 
 
 @pytest.mark.parametrize(("residual", "channels", "message"), [
@@ -141,7 +143,7 @@ def test_a_join_takes_views_of_other_layouts():
 def test_wrong_arguments_of_a_new_join_are_refused(residual, channels, message):
     whole = None if residual is None else torch.zeros(residual)
     with pytest.raises(RuntimeError, match=message):
-        ops.join_channels(whole, torch.zeros(1, 2, 2, 2), torch.tensor([0, 3]), channels)
+        layer_ops.join_channels(whole, torch.zeros(1, 2, 2, 2), torch.tensor([0, 3]), channels)
 
 
 @pytest.mark.parametrize("channels", [1, 15, 16, 17, 33, 64])
@@ -149,9 +151,9 @@ def test_taken_channels(isa, channels):
     generator = torch.Generator().manual_seed(0)
     for kept in {1, channels // 2 + 1, channels}:
         x, _, index = sample((2, channels, 5, 3), kept, torch.float32, CL, generator)
-        out = ops.take_channels(x, index)
+        out = layer_ops.take_channels(x, index)
         assert torch.equal(out, x[:, index]) and out.is_contiguous(memory_format=CL)
-    assert ops.take_channels(x[:0], index).shape == (0, len(index), 5, 3)
+    assert layer_ops.take_channels(x[:0], index).shape == (0, len(index), 5, 3)
     torch.library.opcheck(torch.ops.mfp.take_channels.default, (x, index))
     torch.library.opcheck(torch.ops.mfp.join_channels.default, (None, x, torch.arange(channels), channels))
 
@@ -162,4 +164,4 @@ def test_taken_channels(isa, channels):
 ])  # fmt: skip
 def test_wrong_arguments_of_taken_channels_are_refused(x, index, message):
     with pytest.raises(RuntimeError, match=message):
-        ops.take_channels(x, torch.tensor(index))
+        layer_ops.take_channels(x, torch.tensor(index))

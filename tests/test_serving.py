@@ -11,7 +11,7 @@ from small_networks import NETWORKS
 from torch import nn
 
 import mfp
-from mfp import ops
+from mfp import layer_ops
 from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d
 
 
@@ -50,9 +50,9 @@ def test_joins_and_activations_are_computed_in_the_convs():
 def test_mfps_op_computes_them_and_writes_into_the_residual(monkeypatch):
     called = []
     for name in ("conv2d", "conv2d_join_"):
-        op = getattr(ops, name)
+        op = getattr(layer_ops, name)
         monkeypatch.setattr(
-            ops, name, lambda *args, op=op: (called.append((op.__name__, args[0].data_ptr())), op(*args))[1]
+            layer_ops, name, lambda *args, op=op: (called.append((op.__name__, args[0].data_ptr())), op(*args))[1]
         )
     model = Net(lambda net, x: F.relu(F.relu(net.a(x)) + net.c(net.b(net.a(x)))))
     serving = mfp.compact(model.eval(), images(), fold_bn=True)
@@ -110,8 +110,8 @@ def test_a_chain_of_joins_is_computed_in_one_memory():
 
 def test_winograd_where_it_is_faster_and_not_switched_off(monkeypatch):
     called = []
-    op = ops.conv2d
-    monkeypatch.setattr(ops, "conv2d", lambda *args: (called.append(args[-1]), op(*args))[1])
+    op = layer_ops.conv2d
+    monkeypatch.setattr(layer_ops, "conv2d", lambda *args: (called.append(args[-1]), op(*args))[1])
     torch.manual_seed(0)
     conv = ServingConv2d(24, 24, 3, padding=1).eval()
     large, small = torch.randn(2, 24, 14, 14), torch.randn(2, 24, 6, 8)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mfp import backend as backends
-from mfp import ops
+from mfp import layer_ops
 from mfp.conv_weights import conv2d_sizes, pack_conv2d, pack_depthwise_conv2d, winograd_weight
 from mfp.modules import fits_op, only_runs, per_channel
 from mfp.reference import ACTIVATIONS
@@ -43,7 +43,7 @@ def joined(residual: Tensor, branch: Tensor, index: Tensor, relu: bool, inplace:
     """What a fused join computes, by the op where it applies, else with torch's own operations."""
     if fits_op(residual) and (len(residual), residual.shape[2:]) == (len(branch), branch.shape[2:]):
         out = residual if inplace else residual.clone()
-        ops.scatter_add_(out, branch, index, relu)
+        layer_ops.scatter_add_(out, branch, index, relu)
         return out
     whole = len(index) == residual.shape[1]  # torch's ONNX export loses an index_add to all channels
     out = residual + branch if whole else residual.index_add(1, index, branch)
@@ -104,10 +104,10 @@ class ServingConv2d(PackedOnce, nn.Conv2d):
         if self.runs_op(x):
             geometry = self.stride, self.padding, self.dilation
             if self.groups > 1:
-                return ops.depthwise_conv2d(x, *self.packed(self.pack_depthwise), *geometry, self.activation)
+                return layer_ops.depthwise_conv2d(x, *self.packed(self.pack_depthwise), *geometry, self.activation)
             winograd = self.is_for_winograd(x)
             weight, bias = self.packed(self.pack, winograd)
-            return ops.conv2d(x, weight, bias, self.out_channels, *geometry, self.activation, winograd)
+            return layer_ops.conv2d(x, weight, bias, self.out_channels, *geometry, self.activation, winograd)
         if not (ONEDNN and self.is_plain(x)):
             return ACTIVATIONS[self.activation](super().forward(x))
         name, numbers = ONEDNN_ACTIVATIONS[self.activation]
@@ -172,7 +172,7 @@ class ServingLinear(PackedOnce, nn.Linear):
         if not (plain and only_runs() and backends.choose(x.device).name == "cpu") or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         geometry = (1, 1), (0, 0), (1, 1)
-        return ops.conv2d(x[:, :, None, None], *self.packed(self.pack), self.out_features, *geometry).flatten(1)
+        return layer_ops.conv2d(x[:, :, None, None], *self.packed(self.pack), self.out_features, *geometry).flatten(1)
 
     def pack(self) -> tuple[Tensor, Tensor]:
         return pack_conv2d(self.weight.detach()[:, :, None, None], None if self.bias is None else self.bias.detach())
@@ -191,7 +191,7 @@ class ServingPointwiseDepthwise2d(nn.Module):
         alike = depthwise.padding_mode == "zeros" and depthwise.weight.dtype == x.dtype
         if not (alike and pointwise.runs_op(x)):
             return depthwise(pointwise(x))
-        return ops.pointwise_depthwise_conv2d(
+        return layer_ops.pointwise_depthwise_conv2d(
             x, *pointwise.packed(pointwise.pack), pointwise.activation, pointwise.out_channels,
             *depthwise.packed(depthwise.pack_depthwise), depthwise.stride, depthwise.padding, depthwise.dilation,
             depthwise.activation,
@@ -217,7 +217,7 @@ class ServingNorm2d(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         if runs_op(inputs, self.scale):
-            return ops.batch_norm(inputs, self.scale, self.shift, self.activation)
+            return layer_ops.batch_norm(inputs, self.scale, self.shift, self.activation)
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
         x = x * per_channel(self.scale, 1, x.dim()) + per_channel(self.shift, 1, x.dim())
         return ACTIVATIONS[self.activation](x)
@@ -243,7 +243,7 @@ class ServingSqueezeExcite(nn.Module):
         if runs_op((x,), self.reduce_weight):
             if not (self.inplace and x.is_contiguous(memory_format=torch.channels_last)):
                 x = x.clone(memory_format=torch.channels_last)
-            ops.squeeze_excite_(x, *parameters, self.activation, self.hard)
+            layer_ops.squeeze_excite_(x, *parameters, self.activation, self.hard)
             return x
         hidden = F.conv2d(x.mean((2, 3), keepdim=True), self.reduce_weight[:, :, None, None], self.reduce_bias)
         hidden = ACTIVATIONS[self.activation](hidden)
@@ -277,7 +277,7 @@ class ServingJoin2d(ServingConv2d):
         own = self.inplace and residual.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
         if not (own and residual.is_contiguous(memory_format=torch.channels_last)):
             residual = residual.clone(memory_format=torch.channels_last)
-        ops.conv2d_join_(residual, x, weight, bias, self.index, *geometry, self.relu, winograd)
+        layer_ops.conv2d_join_(residual, x, weight, bias, self.index, *geometry, self.relu, winograd)
         return residual
 
     def is_alike(self, residual: Tensor, x: Tensor) -> bool:
