@@ -16,21 +16,20 @@ that were pruned once follows from the attributes of the candidates, which stand
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from study_page import write_page
+from study_runs import ALLOCATED_BY, BASELINES, CRITERIA, SCRATCH, STAGES, SWITCHING, Job, Table, planned
 from torch import nn
 from torch.utils.data import Subset
 
@@ -53,72 +52,24 @@ from mfp.train.progress import Reporter
 from mfp.train.run import calibration_batches, make_network, make_pruner
 from mfp.variants import Variants
 
-CRITERIA = (*mfp.PAPER_CRITERIA, "weighted_hybrid", "taylor", "bn_scale")
-BASELINES = ("random", "worst")  # worst: the filters with the highest l2_norm go
-SCRATCH = ("mfp loss", "mfp loss, not re-estimated", "mfp weight_energy", "l2_norm", "l2_distance", "cosine_distance")
-ALLOCATED_BY = "l2_distance"  # the criterion by which sensitivities are measured, and pruned at such rates
-STAGES = ("once", "rates", "finetune", "scratch")
-KEY = ("setting", "seed", "rates", "method")
+
+class Baseline(mfp.FilterPruner):
+    """Prunes by what no criterion says: at each pruning point, filters drawn anew, or those with the highest norms."""
+
+    def __init__(self, method: str, seed: int, model: nn.Module, rate: float, example: torch.Tensor) -> None:
+        super().__init__(model, rate, criteria=("l1_norm", "l2_norm"), example_input=example)  # whose scores are alike
+        self.method, self.seed = method, seed
+
+    def score(self, plan: mfp.FilterPlan | None = None, more: Sequence[str] = ()) -> FilterScores:
+        found = super().score(plan, more)
+        scores = baselines(found["l2_norm"], derive_seed(self.seed, "random", len(self.decisions)))[self.method]
+        return FilterScores(found.plan, {name: scores.clone() for name in found})
 
 
-@dataclass(frozen=True)
-class Job:
-    """A run: what is done (`once` has all methods in one), for which seed, at which rates, by which method."""
-
-    setting: str
-    seed: int
-    rates: str = ""
-    method: str = ""
-
-
-class Table:
-    """The rows so far, in a file that always holds whole runs."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = list(csv.DictReader(path.open())) if path.exists() else []
-
-    def has(self, job: Job) -> bool:
-        key = (job.setting, str(job.seed), job.rates, job.method)
-        found = {tuple(row[name] for name in KEY) for row in self.rows}
-        return key in found if job.method else key[:3] in {other[:3] for other in found}
-
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        new = [{name: _text(value) for name, value in row.items()} for row in rows]
-        names = list(dict.fromkeys([*KEY, *(name for row in (*self.rows, *new) for name in row)]))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*self.rows, *new])
-        write_atomically(self.path, text.getvalue().encode())
-        self.rows += new
-
-
-def _text(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str("" if value is None else value)
-
-
-def planned(options: argparse.Namespace) -> Iterator[Job]:
-    """The runs of a study, cheap and telling ones first."""
-    uniform = [f"{rate:g}" for rate in options.rates]
-    allocated = [f"{way}, {share:g} of FLOPs" for share in options.flops for way in ("uniform", "by layer")]
-    trained = range(options.first_seed, options.training_seeds)
-    for seed in range(options.first_seed, options.seeds):
-        if "once" in options.stages:
-            yield Job("dense", seed)
-            yield from (Job("once", seed, rates) for rates in uniform)
-        if "rates" in options.stages and seed < options.training_seeds:
-            yield from (Job("once", seed, rates) for rates in allocated)
-    if "finetune" in options.stages:
-        for rates in allocated:
-            yield from (Job("finetune", seed, rates, ALLOCATED_BY) for seed in trained)
-        for rates in uniform:
-            for seed in trained:
-                yield from (Job("finetune", seed, rates, method) for method in (*CRITERIA, *BASELINES))
-    if "scratch" in options.stages:
-        for rates in uniform:
-            for method in SCRATCH:
-                yield from (Job("scratch", seed, rates, method) for seed in trained)
+def baselines(norms: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    """Scores ``[F]`` of each of BASELINES, from the filters' norms."""
+    drawn = torch.rand(len(norms), generator=torch.Generator().manual_seed(seed))
+    return {"random": drawn.to(norms.device), "worst": -norms}
 
 
 class Study:
@@ -194,16 +145,19 @@ class Study:
 
     def run_scratch(self, job: Job) -> list[dict[str, Any]]:
         """Trained from the start, pruned softly after each epoch; in the last epochs the mask holds."""
-        switching, _, attribute = job.method.partition(" ")
-        if switching == "mfp":
-            name, _, papers = attribute.partition(", ")
+        how = {"criteria": (job.method,)} if job.method in CRITERIA else {}
+        if job.method in SWITCHING:
+            name, _, papers = job.method.removeprefix("mfp ").partition(", ")
             how = {"criteria": mfp.PAPER_CRITERIA, "attribute": name, "recalibrate": False if papers else None}
-        else:
-            how = {"criteria": (job.method,)}
         config = self.config(job.seed, epochs=self.options.scratch_epochs, rate=float(job.rates), settle=0.5, **how)
         data = self.some_of(job, self.options.scratch_images)
         model = make_network(config, data, self.world)
-        trainer = self.train(config, data, model, job, make_pruner(config, model, data, self.world))
+        if job.method in BASELINES:
+            example = data.example().to(self.world.device)
+            pruner: mfp.FilterPruner = Baseline(job.method, job.seed, model, config.rate, example)
+        else:
+            pruner = make_pruner(config, model, data, self.world)
+        trainer = self.train(config, data, model, job, pruner)
         chosen = [row["criterion"] for row in trainer.history if "criterion" in row]
         return [{"accuracy": self.accuracy(trainer.masked_model, job.seed), "chosen": " ".join(chosen)}]
 
@@ -258,9 +212,8 @@ class Study:
         needed = (job.method, "l2_norm") if job.method in CRITERIA and job.method != "l2_norm" else ("l2_norm",)
         needed = CRITERIA if job.setting == "once" else needed
         scores = mfp.score_filters(plan, needed, calibration=self.calibration(job.seed))
-        generator = torch.Generator().manual_seed(derive_seed(job.seed, "random", job.rates))
-        baselines = {"random": torch.rand(plan.num_filters, generator=generator), "worst": -scores["l2_norm"]}
-        everything = FilterScores(plan, scores.by_name | baselines)
+        others = baselines(scores["l2_norm"], derive_seed(job.seed, "random", job.rates))
+        everything = FilterScores(plan, scores.by_name | others)
         methods = (ALLOCATED_BY,) if "FLOPs" in job.rates else everything
         return scores, {method: mfp.select_filters(everything, method) for method in methods}
 
@@ -326,6 +279,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--arch", default="resnet20", help="as for mfp prune")
     add("--weights", help="a trained network to start from, as for mfp prune; without, one is trained for each seed")
     add("--stages", nargs="*", choices=STAGES, default=STAGES, help="what to do: all of them by default")
+    add("--methods", nargs="*", choices=SCRATCH, default=SCRATCH, help="of what is pruned from scratch: all by default")
     add("--seeds", type=int, default=10, help="where nothing is trained after pruning")
     add("--training-seeds", type=int, default=3, help="where something is")
     add("--first-seed", type=int, default=0, help="to share the seeds among machines, each with an OUTPUT of its own")
@@ -351,7 +305,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def describe(options: argparse.Namespace) -> dict[str, Any]:
     """What the numbers must stand with."""
     git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
-    shown = {name: value for name, value in vars(options).items() if name not in ("page", "output", "stages")}
+    shown = {
+        name: value for name, value in vars(options).items() if name not in ("page", "output", "stages", "methods")
+    }
     shown["data"] = short_name(options.data)  # a path is of this machine
     return {"options": shown, "commit": git.stdout.strip() or "unknown", **machine()}
 
@@ -385,7 +341,7 @@ def require_same(file: Path, about: dict[str, Any]) -> None:
     Raises:
         MfpError: with the settings that differ.
     """
-    free = ("seeds", "first_seed", "training_seeds", "rates", "flops", "workers", "device", "download")
+    free = ("seeds", "first_seed", "training_seeds", "methods", "rates", "flops", "workers", "device", "download")
     if file.exists():
         there, here = json.loads(file.read_text())["options"], json.loads(json.dumps(about["options"]))
         names = [name for name in here if name not in free and there.get(name, here[name]) != here[name]]

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from study_runs import BASELINES, SCRATCH
+
 from mfp import PAPER_CRITERIA
 from mfp.atomic import write_atomically
 from mfp.attributes import WITH_DATA, WITHOUT_DATA
@@ -16,7 +18,6 @@ from mfp.errors import MfpError
 
 MORE = ("weighted_hybrid", "taylor", "bn_scale")
 POOLS = {"five": PAPER_CRITERIA, "eight": (*PAPER_CRITERIA, *MORE)}
-BASELINES = ("random", "worst")
 #: An attribute as columns of the table name it: as mfp measures it, and with the dense network's statistics ("raw").
 ATTRIBUTES = (*WITH_DATA, *(f"{name} raw" for name in WITH_DATA), *WITHOUT_DATA)
 Row = dict[str, str]
@@ -218,8 +219,10 @@ def rates_section(results: Results) -> list[str]:
 
 def made_on(rows: Iterable[dict]) -> str:
     """On which machines, where rows came from others than the page's own."""
+    rows = list(rows)
     machines = sorted({row["on"] for row in rows if row.get("on")})
-    return f" Networks of these runs were trained and pruned on {'; '.join(machines)}." if machines else ""
+    here = [] if all(row.get("on") for row in rows) else ["the machine above"]
+    return f" Networks of these runs were trained and pruned on {'; '.join([*machines, *here])}." if machines else ""
 
 
 def once_section(results: Results) -> list[str]:
@@ -309,18 +312,18 @@ def scratch_section(results: Results) -> list[str]:
     text = (
         "Trained from the start on a part of the training images (--scratch-images in each of --scratch-epochs), "
         "pruned softly after each epoch; in the last half of the epochs the mask holds. MFP "
-        "switches between the five criteria; `random` and `worst` are not among these runs."
+        "switches between the five criteria; `random` draws anew at each pruning point. `mfp weight_energy` is always "
+        "won by `l2_norm`, and `mfp sparsity`, which did not run, by `l1_norm`."
     )
-    own = {key[1]: row for key, row in results.cell.items() if key[0] == "scratch" and row.get("on")}
-    text += made_on(own.values()).replace("these runs", f"the runs at rates {', '.join(sorted(own))}")
+    text += made_on(row for key, row in results.cell.items() if key[0] == "scratch")
     lines = ["## Pruned from scratch", "", text, ""]
-    lines += accuracy_table(results, "scratch", results.methods("scratch"))
+    lines += accuracy_table(results, "scratch", [name for name in SCRATCH if name in results.methods("scratch")])
     return [*lines, *(scratch_sentence(results, rates) for rates in results.rates("scratch")), ""]
 
 
 def scratch_sentence(results: Results, rates: str) -> str:
     """`mfp loss` against the fixed criteria, seed by seed."""
-    fixed = {name: results.values("scratch", rates, name) for name in POOLS["eight"]}
+    fixed = {name: results.values("scratch", rates, name) for name in PAPER_CRITERIA}
     fixed = {name: own for name, own in fixed.items() if own}
     switched = results.values("scratch", rates, "mfp loss")
     seeds = [seed for seed in switched if all(seed in own for own in fixed.values())]

@@ -87,6 +87,26 @@ def test_accuracy_is_that_of_the_network_that_training_ended_with(study, tmp_pat
     assert row["accuracy"] == accuracy(trainer.final_model, 0)
 
 
+def test_baselines_prune_what_they_say(study):
+    """From scratch: as many filters as a criterion would, drawn anew each time, or those with the highest norms."""
+    torch.manual_seed(0)
+    model = importlib.import_module("train_helpers").TinyNet()
+    example = torch.zeros(1, 3, 32, 32)
+    norms = {name: getattr(model, name).weight.detach().flatten(1).norm(dim=1) for name in ("conv1", "conv2")}
+    worst = study.Baseline("worst", 0, model, 0.5, example)
+    worst.step(0)
+    for layer in worst.plan.layers:
+        kept, pruned = (norms[layer.name][worst.mask.keep[layer.slice] == kept] for kept in (True, False))
+        assert len(pruned) == layer.num_pruned > 0 and kept.max() <= pruned.min()
+    model = importlib.import_module("train_helpers").TinyNet()
+    masks = []
+    for seed in (0, 0, 1):
+        drawn = study.Baseline("random", seed, model, 0.5, example)
+        masks += [drawn.step(epoch).mask for epoch in (0, 1)]
+    assert {mask.num_pruned for mask in masks} == {worst.mask.num_pruned}
+    assert len({mask.digest for mask in masks}) == 4 and masks[0].digest == masks[2].digest
+
+
 def test_a_study_that_was_killed_goes_on_to_the_same_rows(whole, tmp_path):
     command = [sys.executable, str(BENCHMARKS / "study.py"), *OPTIONS, "--output", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
@@ -130,10 +150,10 @@ def test_the_page_is_made_from_the_rows(study, whole, tmp_path):
     assert found["accuracy"] + found["best"] == max(own) and found["accuracy"] - found["average"] == pytest.approx(
         sum(own) / 5
     )
-    fixed = [results.values("scratch", "0.5", name)[0] for name in ("l2_norm", "l2_distance", "cosine_distance")]
+    fixed = [results.values("scratch", "0.5", name)[0] for name in mfp.PAPER_CRITERIA]
     switched = results.values("scratch", "0.5", "mfp loss")[0]
     (line,) = (line for line in text.splitlines() if line.startswith("- Rate 0.5 (seeds: 1): switching by the loss"))
-    assert f"is {switched - max(fixed):+.1f} points" in line and f"{switched - sum(fixed) / 3:+.1f} from" in line
+    assert f"is {switched - max(fixed):+.1f} points" in line and f"{switched - sum(fixed) / 5:+.1f} from" in line
     plots = {path.name: path.read_bytes() for path in (whole / "page").iterdir()}
     assert set(plots) == {"once.svg", "finetune.svg", "scratch.svg", "allocation.svg"} and all(
         name in text for name in plots
