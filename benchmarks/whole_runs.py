@@ -25,7 +25,7 @@ from mfp.train.data import load_data
 from mfp.train.recipes import recipe
 from mfp.train.run import run
 
-TRAIN, TEST = 6400, 1000  # images of Fashion-MNIST
+TRAIN, TEST = 12800, 1000  # images of Fashion-MNIST
 PATH = "FASHION_MNIST"  # the environment variable that tells the run's --dataset where they are
 
 
@@ -40,8 +40,7 @@ def schedules() -> Iterator[tuple[str, RunConfig]]:
     for seed in (0, 1):
         yield "demo", RunConfig(**recipe("demo").settings, seed=seed)
     own = {"data": "dataset:whole_runs:part_of_fashion_mnist", "epochs": 10, "settle": 0.6, "validation": 0.02}
-    for arch, residual in (("resnet20", "coupled"), ("resnet18", "index")):
-        yield "ten epochs", RunConfig(arch=arch, residual=residual, **own)
+    yield "ten epochs", RunConfig(arch="resnet18", residual="coupled", **own)
 
 
 def rows_of(name: str, config: RunConfig, directory: Path) -> Iterator[dict]:

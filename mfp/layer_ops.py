@@ -123,7 +123,7 @@ def pointwise_depthwise_conv2d(
     dilation: Sequence[int],
     activation: str = "none",
 ) -> Tensor:
-    """:func:`conv2d` with a 1x1 kernel and :func:`depthwise_conv2d` of its result, which goes to no memory: same bits.
+    """:func:`conv2d` with a 1x1 kernel, then :func:`depthwise_conv2d` of its result, kept in the caches: the same bits.
 
     Args:
         input: float32 ``[B, C, H, W]``, at least a pixel.

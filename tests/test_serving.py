@@ -12,7 +12,7 @@ from torch import nn
 
 import mfp
 from mfp import layer_ops
-from mfp.serving.modules import FusedJoin, ServingConv2d, ServingJoin2d
+from mfp.serving.modules import FusedJoin, ServingConv2d, ServingGlobalAvgPool2d, ServingJoin2d
 
 
 class Net(nn.Module):
@@ -121,9 +121,33 @@ def test_winograd_where_it_is_faster_and_not_switched_off(monkeypatch):
         monkeypatch.setenv("MFP_WINOGRAD", "0")
         conv(large)
         monkeypatch.delenv("MFP_WINOGRAD")
-        for other in (ServingConv2d(24, 24, 3, 2, 1), ServingConv2d(24, 24, 3, dilation=2), ServingConv2d(8, 24, 3)):
+        strided, dilated = ServingConv2d(24, 24, 3, 2, 1), ServingConv2d(24, 24, 3, dilation=2)
+        for other in (strided, dilated, ServingConv2d(7, 24, 3), ServingConv2d(8, 24, 3)):
             other.eval()(large[:, : other.in_channels])
-    assert called == [True, False, True, False, False, False, False]
+    assert called == [True, False, True, False, False, False, False, True]
+
+
+@pytest.mark.parametrize("pool", [lambda x: F.adaptive_avg_pool2d(x, 1), lambda x: x.mean((-2, 3), keepdim=True)])
+def test_means_of_channels(pool):
+    class Pooling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 20, 3)
+
+        def forward(self, x):
+            return pool(self.conv(x)).flatten(1)
+
+    torch.manual_seed(0)
+    model, x = Pooling().eval(), torch.randn(2, 3, 9, 12)
+    small = mfp.compact(model, x, fold_bn=True)
+    assert any(isinstance(module, ServingGlobalAvgPool2d) for module in small.modules())
+    expected = model(x)
+    assert difference(expected, small(x)) < 1e-6  # with gradients: by torch
+    with torch.inference_mode():
+        for _ in range(3):
+            assert difference(expected, small(x)) < 1e-6
+        assert difference(model(x[:1, :, :5]), small(x[:1, :, :5])) < 1e-6
+        assert small(x[:0]).shape == (0, 20)
 
 
 @pytest.mark.parametrize("activation", ["none", "relu6", "silu"])

@@ -16,6 +16,7 @@ from mfp.serving.fold import fold_batchnorm, scale_and_shift
 from mfp.serving.modules import (
     FusedJoin,
     ServingConv2d,
+    ServingGlobalAvgPool2d,
     ServingJoin2d,
     ServingLinear,
     ServingNorm2d,
@@ -51,6 +52,7 @@ def prepare_for_serving(small: fx.GraphModule, arguments: dict[str, Any]) -> Ser
         pack_convs(small)
         pack_linears(small)
         fuse_squeeze_excites(small)
+        replace_global_pools(small)
         join_in_convs(small)
         fuse_depthwise_convs(small)
         reuse_memory(small)
@@ -222,11 +224,26 @@ def fuse_squeeze_excites(small: fx.GraphModule) -> None:
 
 def is_mean_of(node: fx.Node, x: fx.Node) -> bool:
     """Whether the node is the mean of each channel of the images ``x``, as an image of one pixel."""
-    if not node.args or node.kwargs or node.args[0] is not x or shape(x) is None or shape(x)[:2] != shape(node)[:2]:
+    if len(node.args) < 2 or node.kwargs or node.args[0] is not x or len(shape(x) or ()) != 4:
         return False
     if packet(node) is aten.adaptive_avg_pool2d:
         return tuple(shape(node)[2:]) == (1, 1) == tuple(node.args[1])
     return packet(node) is aten.mean and {dim % 4 for dim in node.args[1]} == {2, 3} and node.args[2:3] == (True,)
+
+
+def replace_global_pools(small: fx.GraphModule) -> None:
+    """Means of the channels become ServingGlobalAvgPool2d."""
+    for node in list(small.graph.nodes):
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or not is_mean_of(node, source):
+            continue
+        name = free_name(small, f"{node.name}_pool")
+        small.add_submodule(name, ServingGlobalAvgPool2d())
+        with small.graph.inserting_before(node):
+            new = small.graph.call_module(name, (source,))
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        small.graph.erase_node(node)
 
 
 def join_in_convs(small: fx.GraphModule) -> None:

@@ -59,24 +59,17 @@ struct ConvTasks {
 // A 1x1 convolution and the depthwise one that alone reads it, some rows of the output at a time: what lies between
 // them stays in the caches, and is not written to memory.
 struct PointwiseDepthwise {
-  static constexpr int64_t kBand = 14, kChunk = 48;  // rows and channels that are worth a task
+  static constexpr int64_t kBand = 14;  // rows that are worth a task
 
   Conv pointwise, depthwise;
-  int64_t bands, chunks;  // of an image's rows, of channels
+  int64_t bands;  // of an image's rows; between two of them rows are computed twice
 
   PointwiseDepthwise(const Conv& pointwise, const Conv& depthwise, int threads)
       : pointwise(pointwise), depthwise(depthwise) {
-    const auto parts = [](int64_t wanted, int64_t there) {
-      return std::clamp(wanted, int64_t{1}, std::max(there, int64_t{1}));
-    };
     const int64_t wanted = (threads + pointwise.batch - 1) / pointwise.batch;
-    bands = parts(wanted, depthwise.out_size[0] / kBand);  // between two of them rows are computed twice
-    chunks = parts((wanted + bands - 1) / bands, pointwise.filters / kChunk);
+    bands = std::max(std::min(wanted, depthwise.out_size[0] / kBand), int64_t{1});
   }
-  int64_t tasks() const { return pointwise.batch * bands * chunks; }
-  int64_t first_channel(int64_t chunk) const {  // at a block of the weights
-    return std::min((pointwise.filters + kBlock - 1) / kBlock * chunk / chunks * kBlock, pointwise.filters);
-  }
+  int64_t tasks() const { return pointwise.batch * bands; }
 };
 
 // conv_tasks: a grid with enough tasks for the threads. conv_task: computes one of them. The same for winograd_, where

@@ -17,7 +17,8 @@
 namespace mfp::cpu {
 namespace {
 
-constexpr int64_t kDepthwiseRows = 14;  // a task's: few enough that their input stays in the second-level cache
+constexpr int64_t kDepthwiseRows = 14;        // a task's: few enough that their input stays in the second-level cache
+constexpr int64_t kBetweenNumbers = 300'000;  // of a thread, between two convs: they stay in its second-level cache
 
 typedef at::IntArrayRef Sizes;
 
@@ -115,6 +116,15 @@ Conv describe_depthwise(const char* op, const at::Tensor& input, int64_t channel
   return conv;
 }
 
+void run_depthwise(const Conv& conv) {
+  if (conv.pixels() == 0 || conv.channels == 0) return;
+  const auto compute = MFP_OF_ISA(current_isa(), depthwise_rows);
+  const int64_t out_rows = conv.batch * conv.out_size[0], threads = at::get_num_threads();
+  const int64_t tasks = std::min(out_rows, std::max(4 * threads, out_rows / kDepthwiseRows));
+  run_tasks(tasks, threads,
+            [&](int64_t task) { compute(conv, out_rows * task / tasks, out_rows * (task + 1) / tasks); });
+}
+
 at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, Sizes stride,
                             Sizes padding, Sizes dilation, const std::string& activation) {
   TORCH_CHECK(input.dim() == 4, "depthwise_conv2d: input is ", input.sizes(), "; expected [B, C, H, W]");
@@ -122,12 +132,7 @@ at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weights, 
                                  activation);
   const at::Tensor rows = input.contiguous(at::MemoryFormat::ChannelsLast), output = empty_output(conv, input);
   conv.input = rows.const_data_ptr<float>(), conv.output = output.mutable_data_ptr<float>();
-  if (conv.pixels() == 0 || conv.channels == 0) return output;
-  const auto compute = MFP_OF_ISA(current_isa(), depthwise_rows);
-  const int64_t out_rows = conv.batch * conv.out_size[0], threads = at::get_num_threads();
-  const int64_t tasks = std::min(out_rows, std::max(4 * threads, out_rows / kDepthwiseRows));
-  run_tasks(tasks, threads,
-            [&](int64_t task) { compute(conv, out_rows * task / tasks, out_rows * (task + 1) / tasks); });
+  run_depthwise(conv);
   return output;
 }
 
@@ -148,6 +153,13 @@ at::Tensor pointwise_depthwise_conv2d(const at::Tensor& input, const at::Tensor&
   pointwise.activation = activation_of(pointwise_activation);
   depthwise.output = output.mutable_data_ptr<float>();
   const int threads = at::get_num_threads();
+  if (pointwise.pixels() * channels <= threads * kBetweenNumbers) {  // then one after the other is faster
+    const at::Tensor between = empty_output(pointwise, input);
+    pointwise.output = between.mutable_data_ptr<float>(), depthwise.input = between.const_data_ptr<float>();
+    run(pointwise);
+    run_depthwise(depthwise);
+    return output;
+  }
   const PointwiseDepthwise convs(pointwise, depthwise, threads);
   const auto task = MFP_OF_ISA(current_isa(), pointwise_depthwise_task);
   run_tasks(convs.tasks(), threads, [&](int64_t number) { task(convs, number); });

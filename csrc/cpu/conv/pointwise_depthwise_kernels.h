@@ -28,18 +28,13 @@ void pointwise_rows(const Conv& image, int64_t first, int64_t last, float* outpu
 
 void pointwise_depthwise_task(const PointwiseDepthwise& convs, int64_t task) {
   Conv pointwise = convs.pointwise, depthwise = convs.depthwise;
-  const int64_t chunk = task % convs.chunks, band = task / convs.chunks % convs.bands;
-  const int64_t image = task / convs.chunks / convs.bands;
-  const int64_t channel = convs.first_channel(chunk), channels = convs.first_channel(chunk + 1) - channel;
+  const int64_t image = task / convs.bands, band = task % convs.bands, channels = depthwise.channels;
   const int64_t first = depthwise.out_size[0] * band / convs.bands;
   const int64_t last = depthwise.out_size[0] * (band + 1) / convs.bands;
 
   pointwise.batch = depthwise.batch = 1;
-  pointwise.filters = depthwise.channels = channels;
-  pointwise.weights += channel * pointwise.channels, pointwise.bias += channel;
-  depthwise.weights += channel, depthwise.bias += channel;
   pointwise.input += image * pointwise.size[0] * pointwise.size[1] * pointwise.channels;
-  depthwise.output += image * depthwise.out_size[0] * depthwise.out_size[1] * depthwise.filters + channel;
+  depthwise.output += image * depthwise.out_size[0] * depthwise.out_size[1] * channels;
 
   // Rows between the two get the padding left and right, so that all taps are inside.
   const int64_t width = depthwise.size[1], left = depthwise.padding[1];
