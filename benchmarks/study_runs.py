@@ -69,7 +69,7 @@ def planned(options: argparse.Namespace) -> Iterator[Job]:
         if "once" in options.stages:
             yield Job("dense", seed)
             yield from (Job("once", seed, rates) for rates in uniform)
-        if "rates" in options.stages and seed < options.training_seeds:
+        if "rates" in options.stages:
             yield from (Job("once", seed, rates) for rates in allocated)
     if "finetune" in options.stages:
         for rates in allocated:
