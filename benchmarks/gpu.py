@@ -7,7 +7,7 @@ CUDA backend (without it, Triton alone is tested and measured). Steps run in the
 process of its own; one that takes longer than its budget is ended, with all that it started, and the rest goes on. The
 rows that are there are written to FOLDER/gpu-<name>-<date>.json (default: benchmarks/results) every few seconds.
 
---dry-run needs no GPU: every step's code on the CPU with tiny inputs, results under build/gpu.
+--dry-run needs no GPU: what a CPU can run of the steps, with tiny inputs; results under build/gpu.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def run_steps(options: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dry-run", action="store_true", help="every step's code on the CPU, tiny inputs")
+    parser.add_argument("--dry-run", action="store_true", help="what a CPU can run of the steps, with tiny inputs")
     parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], help="these steps alone")
     parser.add_argument("--seconds", type=float, default=540, help="for all steps (default: 540)")
     parser.add_argument("--output", type=Path, help="folder of the results (default: benchmarks/results)")

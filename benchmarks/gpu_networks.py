@@ -149,7 +149,8 @@ def compiled(bench: Bench) -> None:
 def main() -> None:
     way = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if way not in ("eager", "compiled"):
-        sys.exit(__doc__)
+        print(__doc__)
+        sys.exit(0 if way in ("-h", "--help") else 1)
     {"eager": eager, "compiled": compiled}[way](Bench.from_arguments(__doc__))
 
 

@@ -31,6 +31,8 @@ class Bench:
         parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, tiny inputs")
         parser.add_argument("--rows", type=Path, help="file that gets a line of JSON a row")
         options = parser.parse_args()
+        if options.device == "cuda" and not torch.cuda.is_available():
+            parser.exit(1, "No GPU here: --device cpu runs the same code with tiny inputs.\n")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         return cls(options.device, options.rows)
 

@@ -2,7 +2,8 @@
 
     python examples/own_images.py FOLDER        # FOLDER/CLASS/*.jpg; writes small.mfp and small.onnx
 
-Needs: pip install 'mfp[train,onnx]'
+Needs: pip install 'mfp[train,onnx]'. torchvision fetches the pretrained weights once; without a network give main
+weights=None, which starts from random ones.
 """
 
 import sys
@@ -76,4 +77,6 @@ def main(folder: str, epochs: int = 6, arch: str = "resnet18", weights: str | No
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(sys.argv[1])

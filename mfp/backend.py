@@ -13,7 +13,7 @@ import torch
 
 from mfp.errors import MfpError, did_you_mean
 
-REBUILD = "python -m pip install --no-build-isolation --force-reinstall --no-deps mfp (or `.` in a checkout)"
+REBUILD = "python -m pip install --no-build-isolation --force-reinstall --no-deps . (in a checkout of mfp)"
 
 
 @functools.cache

@@ -178,7 +178,15 @@ def test_runs_are_kept_apart(finished, command):
     assert f"{directory} already holds a run: go on with it by --resume, or give another --output" in err
     code, _, err = command("prune", *TINY, "--output", directory, "--resume", "--lr", "0.3")
     assert code == 2
-    assert "config.json is of another run: it has lr 0.05 instead of 0.3" in err
+    assert "config.json is of another run: it has lr 0.05 instead of 0.3. Go on with its settings, or" in err
+
+
+def test_resuming_where_nothing_is_says_so(command, tmp_path):
+    code, _, err = command("prune", *TINY, "--epochs", "1", "--settle", "0", "--mode", "hard", "--no-dense",
+                           "--output", tmp_path / "run", "--resume")  # fmt: skip
+    assert code == 0
+    assert f"nothing to resume in {tmp_path / 'run'}: a new run begins there" in err
+    assert "at the end the network that is left: " in err and "from epoch 2" not in err
 
 
 @pytest.mark.parametrize(

@@ -226,4 +226,7 @@ class RunConfig:
         mine = self.identity()
         differ = [f"{key} {stored.get(key)!r} instead of {mine[key]!r}" for key in mine if stored.get(key) != mine[key]]
         if differ:
-            raise MfpError(f"{source} is of another run: it has {'; '.join(differ[:4])}")
+            raise MfpError(
+                f"{source} is of another run: it has {'; '.join(differ[:4])}. Go on with its settings, or give another "
+                "directory"
+            )

@@ -126,7 +126,7 @@ def _construct(arch: str, num_classes: int) -> nn.Module:
 
     if arch not in available_models():
         near = difflib.get_close_matches(arch, available_models(), n=8, cutoff=0.3) or available_models()[:8]
-        raise MfpError(f"unknown network {arch!r}; near it: {', '.join(near)} (or give --model package:function)")
+        raise MfpError(f"unknown network {arch!r}; near it: {', '.join(near)} (or package:function, yours)")
     # their second classifiers would make the output of the training network a tuple
     single = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
     return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **single)

@@ -54,6 +54,8 @@ def run(
         found = RunConfig.from_json(stored.read_text(), str(stored))
         config = dataclasses.replace(config, rate=found.rate, channel_multiple=found.channel_multiple)
     check_directory(config, directory, resume)
+    if resume and not stored.exists():
+        reporter.say(f"nothing to resume in {directory}: a new run begins there")
     data = load_data(config.data, config.seed, download=config.download, validation=config.validation)
     # all that can be wrong with the settings is found before anything is trained or written
     model = make_network(config, data, world)

@@ -63,7 +63,8 @@ class Switch:
         else:
             self.small_from = epoch if self.small_from is None else self.small_from
             left = sum(parameter.numel() for parameter in model.parameters())
-            self.reporter.say(f"from epoch {epoch + 1} on with the network that is left: {left:,} parameters")
+            goes_on = f"from epoch {epoch + 1} on with" if epoch < self.config.epochs else "at the end"
+            self.reporter.say(f"{goes_on} the network that is left: {left:,} parameters")
         if self.config.compile:
             model.compile()
         self._use_memory(self._count(model))
