@@ -43,7 +43,7 @@ def sample(case, generator):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_same_bits_as_by_two_ops(isa, case):
     (batch, *image), channels = case[:2]
-    # for 16 threads one after the other, for fewer in one pass: that is faster above 300,000 numbers a thread
+    # for 16 threads one after the other, for fewer in one pass: that is faster above 200,000 numbers a thread
     case = (max(batch, 650_000 // (channels * image[1] * image[2])), *image), *case[1:]
     x, first, second, geometry = sample(case, torch.Generator().manual_seed(0))
     before = torch.get_num_threads()

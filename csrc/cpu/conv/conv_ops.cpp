@@ -18,7 +18,7 @@ namespace mfp::cpu {
 namespace {
 
 constexpr int64_t kDepthwiseRows = 14;        // a task's: few enough that their input stays in the second-level cache
-constexpr int64_t kBetweenNumbers = 300'000;  // of a thread, between two convs: they stay in its second-level cache
+constexpr int64_t kBetweenNumbers = 200'000;  // of a thread, between two convs: they stay in its second-level cache
 
 typedef at::IntArrayRef Sizes;
 
