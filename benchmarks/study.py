@@ -56,8 +56,9 @@ from mfp.variants import Variants
 class Baseline(mfp.FilterPruner):
     """Prunes by what no criterion says: at each pruning point, filters drawn anew, or those with the highest norms."""
 
-    def __init__(self, method: str, seed: int, model: nn.Module, rate: float, example: torch.Tensor) -> None:
-        super().__init__(model, rate, criteria=("l1_norm", "l2_norm"), example_input=example)  # whose scores are alike
+    def __init__(self, method: str, seed: int, model: nn.Module, rate: float, example, calibration) -> None:
+        two = ("l1_norm", "l2_norm")  # whose scores are alike
+        super().__init__(model, rate, criteria=two, calibration=calibration, recalibrate=True, example_input=example)
         self.method, self.seed = method, seed
 
     def score(self, plan: mfp.FilterPlan | None = None, more: Sequence[str] = ()) -> FilterScores:
@@ -154,11 +155,12 @@ class Study:
         model = make_network(config, data, self.world)
         if job.method in BASELINES:
             example = data.example().to(self.world.device)
-            pruner: mfp.FilterPruner = Baseline(job.method, job.seed, model, config.rate, example)
+            calibration = calibration_batches(config, data, self.world)
+            pruner: mfp.FilterPruner = Baseline(job.method, job.seed, model, config.rate, example, calibration)
         else:
             pruner = make_pruner(config, model, data, self.world)
         trainer = self.train(config, data, model, job, pruner)
-        chosen = [row["criterion"] for row in trainer.history if "criterion" in row]
+        chosen = [row["criterion"] for row in trainer.history if "criterion" in row and job.method not in BASELINES]
         return [{"accuracy": self.accuracy(trainer.masked_model, job.seed), "chosen": " ".join(chosen)}]
 
     # ---- what the runs share
@@ -322,7 +324,8 @@ def main(arguments: list[str] | None = None) -> int:
             study.run()
         if options.page:
             table, runs = Table(directory / "results.csv"), {}
-            for job in planned(options):
+            everything = argparse.Namespace(**vars(options) | {"stages": STAGES, "methods": SCRATCH})
+            for job in planned(everything):
                 done, there_will_be = runs.get(job.setting, (0, 0))
                 runs[job.setting] = done + table.has(job), there_will_be + 1
             write_page(directory, Path(options.page), runs)
@@ -341,7 +344,7 @@ def require_same(file: Path, about: dict[str, Any]) -> None:
     Raises:
         MfpError: with the settings that differ.
     """
-    free = ("seeds", "first_seed", "training_seeds", "methods", "rates", "flops", "workers", "device", "download")
+    free = ("seeds", "first_seed", "training_seeds", "rates", "flops", "workers", "device", "download")
     if file.exists():
         there, here = json.loads(file.read_text())["options"], json.loads(json.dumps(about["options"]))
         names = [name for name in here if name not in free and there.get(name, here[name]) != here[name]]

@@ -92,8 +92,9 @@ def test_baselines_prune_what_they_say(study):
     torch.manual_seed(0)
     model = importlib.import_module("train_helpers").TinyNet()
     example = torch.zeros(1, 3, 32, 32)
+    batches = [(torch.rand(4, 3, 32, 32), torch.arange(4))]
     norms = {name: getattr(model, name).weight.detach().flatten(1).norm(dim=1) for name in ("conv1", "conv2")}
-    worst = study.Baseline("worst", 0, model, 0.5, example)
+    worst = study.Baseline("worst", 0, model, 0.5, example, batches)
     worst.step(0)
     for layer in worst.plan.layers:
         kept, pruned = (norms[layer.name][worst.mask.keep[layer.slice] == kept] for kept in (True, False))
@@ -101,7 +102,7 @@ def test_baselines_prune_what_they_say(study):
     model = importlib.import_module("train_helpers").TinyNet()
     masks = []
     for seed in (0, 0, 1):
-        drawn = study.Baseline("random", seed, model, 0.5, example)
+        drawn = study.Baseline("random", seed, model, 0.5, example, batches)
         masks += [drawn.step(epoch).mask for epoch in (0, 1)]
     assert {mask.num_pruned for mask in masks} == {worst.mask.num_pruned}
     assert len({mask.digest for mask in masks}) == 4 and masks[0].digest == masks[2].digest
