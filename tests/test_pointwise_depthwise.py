@@ -123,6 +123,8 @@ def test_the_serving_form_has_them_in_one(tmp_path):
             assert torch.equal(again(x), expected)
         kept = both.depthwise(both.pointwise(x))
         assert torch.equal(both(x), kept)
+        large = torch.randn(40, 6, 36, 15)  # in one pass
+        assert torch.equal(both(large), both.depthwise(both.pointwise(large)))
     assert difference(serving(x), expected) < 1e-5  # with gradients: by torch
 
 

@@ -147,7 +147,28 @@ def test_means_of_channels(pool):
         for _ in range(3):
             assert difference(expected, small(x)) < 1e-6
         assert difference(model(x[:1, :, :5]), small(x[:1, :, :5])) < 1e-6
+        flat = torch.full((1, 3, 226, 226), 0.1)  # a sum of one pixel after the other would be off by 5e-4
+        assert difference(model.double()(flat.double()).float(), small(flat)) < 1e-6
         assert small(x[:0]).shape == (0, 20)
+
+
+def test_other_means_stay():
+    class Others(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 20, 3)
+
+        def forward(self, x):
+            x = self.conv(x)
+            parts = x.mean((1, 2), keepdim=True), x.mean(None, keepdim=True), x.mean(), F.adaptive_avg_pool2d(x, (1, 2))
+            return x.mean((2, 3)) + sum(part.square().sum() for part in parts)
+
+    torch.manual_seed(0)
+    model, x = Others().eval(), torch.randn(2, 3, 9, 12)
+    small = mfp.compact(model, x, fold_bn=True)
+    assert not any(isinstance(module, ServingGlobalAvgPool2d) for module in small.modules())
+    with torch.inference_mode():
+        assert difference(model(x), small(x)) < 1e-6
 
 
 @pytest.mark.parametrize("activation", ["none", "relu6", "silu"])

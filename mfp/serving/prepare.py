@@ -228,7 +228,7 @@ def is_mean_of(node: fx.Node, x: fx.Node) -> bool:
         return False
     if packet(node) is aten.adaptive_avg_pool2d:
         return tuple(shape(node)[2:]) == (1, 1) == tuple(node.args[1])
-    return packet(node) is aten.mean and {dim % 4 for dim in node.args[1]} == {2, 3} and node.args[2:3] == (True,)
+    return packet(node) is aten.mean and {dim % 4 for dim in node.args[1] or ()} == {2, 3} and node.args[2:3] == (True,)
 
 
 def replace_global_pools(small: fx.GraphModule) -> None:

@@ -148,19 +148,20 @@ at::Tensor pointwise_depthwise_conv2d(const at::Tensor& input, const at::Tensor&
   Conv depthwise = describe_depthwise(op, input, channels, weights, bias, stride, padding, dilation, activation);
   const at::Tensor rows = input.contiguous(at::MemoryFormat::ChannelsLast), output = empty_output(depthwise, input);
   if (output.numel() == 0) return output;
-  const std::vector<float> zeros(pointwise.channels);
-  pointwise.zeros = zeros.data(), pointwise.input = rows.const_data_ptr<float>();
+  pointwise.input = rows.const_data_ptr<float>();
   pointwise.activation = activation_of(pointwise_activation);
   depthwise.output = output.mutable_data_ptr<float>();
   const int threads = at::get_num_threads();
-  if (pointwise.pixels() * channels <= threads * kBetweenNumbers) {  // then one after the other is faster
-    const at::Tensor between = empty_output(pointwise, input);
+  PointwiseDepthwise convs(pointwise, depthwise, threads);
+  if (pointwise.pixels() * channels <= threads * kBetweenNumbers || convs.tasks() < threads) {
+    const at::Tensor between = empty_output(pointwise, input);  // then one after the other is faster
     pointwise.output = between.mutable_data_ptr<float>(), depthwise.input = between.const_data_ptr<float>();
     run(pointwise);
     run_depthwise(depthwise);
     return output;
   }
-  const PointwiseDepthwise convs(pointwise, depthwise, threads);
+  const std::vector<float> zeros(pointwise.channels);
+  convs.pointwise.zeros = zeros.data();
   const auto task = MFP_OF_ISA(current_isa(), pointwise_depthwise_task);
   run_tasks(convs.tasks(), threads, [&](int64_t number) { task(convs, number); });
   return output;
