@@ -110,7 +110,10 @@ def test_baselines_prune_what_they_say(study):
 
 def test_a_study_that_was_killed_goes_on_to_the_same_rows(whole, tmp_path):
     command = [sys.executable, str(BENCHMARKS / "study.py"), *OPTIONS, "--output", str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parent),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (tmp_path / "results.csv").exists():
         time.sleep(0.01)
