@@ -9,6 +9,7 @@ tests/test_compile_cuda.py compares them.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import re
 import shutil
@@ -188,6 +189,7 @@ def predictions(library: Path) -> list[str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     from mfp import _C
 
     assert (len(RESNET50), sum(n for n, _ in RESNET50)) == (53, 26560)

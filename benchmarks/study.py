@@ -57,7 +57,8 @@ class Baseline(mfp.FilterPruner):
     """Prunes by what no criterion says: at each pruning point, filters drawn anew, or those with the highest norms."""
 
     def __init__(self, method: str, seed: int, model: nn.Module, rate: float, example, calibration) -> None:
-        two = ("l1_norm", "l2_norm")  # whose scores are alike
+        # with a single criterion its score would not be asked for; here both get the same ones
+        two = ("l1_norm", "l2_norm")
         super().__init__(model, rate, criteria=two, calibration=calibration, recalibrate=True, example_input=example)
         self.method, self.seed = method, seed
 

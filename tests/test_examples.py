@@ -67,10 +67,15 @@ def test_timm_hook(example, capsys):
     assert capsys.readouterr().out.count("pruned by") == 1  # the mask holds after half of the epochs
 
 
-def test_transformers_trainer(example, capsys):
+def test_transformers_trainer(example, capsys, monkeypatch):
     pytest.importorskip("accelerate")
-    small = example("transformers_trainer").main(epochs=2, images=64)
+    shrink, trained = mfp.FilterPruner.shrink_, []
+    monkeypatch.setattr(
+        mfp.FilterPruner, "shrink_", lambda *args, **named: trained.append(shrink(*args, **named)) or trained[-1]
+    )
+    small = example("transformers_trainer").main(epochs=3, images=64)
     assert widths(small) == [10, 10, 10, 20, 20, 20]
+    assert [widths(network) for network in trained] == [widths(small)]  # in the third epoch
     assert capsys.readouterr().out.count("pruned by") == 2
     with torch.no_grad():
         assert small(pixel_values=torch.randn(3, 3, 32, 32))["logits"].shape == (3, 10)
