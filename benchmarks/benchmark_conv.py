@@ -65,31 +65,36 @@ def test_conv(benchmark, who, layer, batch):
         benchmark.pedantic(run, rounds=20, warmup_rounds=2)
 
 
-# (image size, channels, stride): MobileNetV2's, dense and at rate 0.4
-DEPTHWISE = [(112, 32, 1), (112, 96, 2), (56, 144, 1), (56, 88, 1), (14, 384, 1), (14, 232, 1), (7, 960, 1)]
+# (image size, channels, of a group, stride): MobileNetV2's, RegNetY-400MF's, ResNeXt-50's, RegNetX-400MF's and -1.6GF's
+GROUPED = [
+    (112, 32, 1, 1), (112, 96, 1, 2), (56, 144, 1, 1), (56, 88, 1, 1), (14, 384, 1, 1), (14, 232, 1, 1), (7, 960, 1, 1),
+    (112, 48, 8, 2), (28, 104, 8, 1), (14, 208, 8, 1), (14, 128, 8, 1), (7, 440, 8, 1), (56, 128, 4, 1),
+    (14, 512, 4, 1), (14, 160, 16, 1), (7, 400, 16, 1), (28, 168, 24, 1), (14, 408, 24, 1),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize(("size", "channels", "stride"), DEPTHWISE)
+@pytest.mark.parametrize(("size", "channels", "width", "stride"), GROUPED)
 @pytest.mark.parametrize("who", ["mfp", "oneDNN"])
-def test_depthwise_conv(benchmark, who, size, channels, stride, batch):
+def test_conv_with_groups(benchmark, who, size, channels, width, stride, batch):
     if not ONEDNN:
         pytest.skip("this torch has no packed convolutions of oneDNN")
     torch.manual_seed(0)
-    conv = ServingConv2d(channels, channels, 3, stride, 1, groups=channels, activation="relu6").eval()
+    groups = channels // width
+    conv = ServingConv2d(channels, channels, 3, stride, 1, groups=groups, activation="relu6").eval()
     x = torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        arguments, geometry = conv.pack_depthwise(), (conv.stride, conv.padding, conv.dilation)
         packed = conv.pack_for_onednn(x.shape)
+        assert conv.runs_op(x)
 
         def mfp():
-            return layer_ops.depthwise_conv2d(x, *arguments, *geometry, "relu6")
+            return conv(x)
 
         def onednn():
             return torch.ops.mkldnn._convolution_pointwise(
-                x, packed, conv.bias, conv.padding, conv.stride, conv.dilation, channels, "hardtanh", [0.0, 6.0], ""
+                x, packed, conv.bias, conv.padding, conv.stride, conv.dilation, groups, "hardtanh", [0.0, 6.0], ""
             )
 
         assert (mfp() - onednn()).abs().max() < 1e-5 * onednn().abs().max()
-        benchmark.extra_info["multiply-adds"] = mfp().numel() * 9
+        benchmark.extra_info["multiply-adds"] = mfp().numel() * 9 * width
         benchmark.pedantic(mfp if who == "mfp" else onednn, rounds=20, warmup_rounds=2)

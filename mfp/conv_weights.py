@@ -23,33 +23,37 @@ def conv2d_sizes(
     return [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in parts]
 
 
-def pack_conv2d(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A conv's weight ``[F, C, H, W]`` and bias ``[F]`` as the conv ops read them: ``[F / 16, H, W, C, 16]``, ``[F]``.
+def pack_conv2d(weight: Tensor, bias: Tensor | None, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """A conv's weight ``[F, C / groups, H, W]`` and bias ``[F]`` as the conv ops read them.
 
-    F is filled up to a multiple of 16 with zeros.
+    Returns:
+        ``[F / 16, H, W, C / groups, 16]`` and ``[F]``, each group's filters filled up to a multiple of 16 with zeros.
     """
-    filters = len(weight)
+    filters = len(weight) // groups
     blocks = -(-filters // CONV_BLOCK)
-    packed = weight.new_zeros((blocks * CONV_BLOCK, *weight.shape[1:]))
-    packed[:filters] = weight
-    packed = packed.view(blocks, CONV_BLOCK, *weight.shape[1:]).permute(0, 3, 4, 2, 1).contiguous()
-    return packed, _filled(weight, bias, blocks * CONV_BLOCK)
+    packed = weight.new_zeros((groups, blocks * CONV_BLOCK, *weight.shape[1:]))
+    packed[:, :filters] = weight.unflatten(0, (groups, filters))
+    packed = packed.view(groups * blocks, CONV_BLOCK, *weight.shape[1:]).permute(0, 3, 4, 2, 1).contiguous()
+    full = weight.new_zeros(groups, blocks * CONV_BLOCK)
+    if bias is not None:
+        full[:, :filters] = bias.view(groups, filters)
+    return packed, full.flatten()
 
 
-def pack_depthwise_conv2d(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same for a depthwise conv, from ``[C, 1, H, W]`` and ``[C]``: ``[H, W, C]``, ``[C]``, filled up likewise."""
+def pack_grouped_conv2d(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same for narrow groups of as many filters as channels, from ``[C, C / groups, H, W]`` and ``[C]``.
+
+    Returns:
+        ``[H, W, C / groups, C]`` and ``[C]``, filled up likewise.
+    """
     channels = len(weight)
     full = -(-channels // CONV_BLOCK) * CONV_BLOCK
-    packed = weight.new_zeros((*weight.shape[2:], full))
-    packed[..., :channels] = weight[:, 0].permute(1, 2, 0)
-    return packed, _filled(weight, bias, full)
-
-
-def _filled(weight: Tensor, bias: Tensor | None, size: int) -> Tensor:
-    full = weight.new_zeros(size)
+    packed = weight.new_zeros((*weight.shape[2:], weight.shape[1], full))
+    packed[..., :channels] = weight.permute(2, 3, 1, 0)
+    full_bias = weight.new_zeros(full)
     if bias is not None:
-        full[: len(bias)] = bias
-    return full
+        full_bias[:channels] = bias
+    return packed, full_bias
 
 
 def winograd_weight(weight: Tensor) -> Tensor:

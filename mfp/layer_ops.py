@@ -73,6 +73,7 @@ def conv2d(
     dilation: Sequence[int],
     activation: str = "none",
     winograd: bool = False,
+    groups: int = 1,
 ) -> Tensor:
     """A convolution and what is computed of its result, without gradients; channels_last.
 
@@ -88,11 +89,12 @@ def conv2d(
         winograd: the weights went through :func:`~mfp.conv_weights.winograd_weight` first; for a 3x3 kernel with stride
             and dilation 1. A quarter of the multiplications, and results that differ from the plain sum by up to 5e-6
             of the largest output; what is not finite in the input spreads to the 4x4 outputs computed with it.
+        groups: of filters, each of which sees its own part of the channels; 1 for Winograd's form.
     """
-    return torch.ops.mfp.conv2d(input, weights, bias, filters, stride, padding, dilation, activation, winograd)
+    return torch.ops.mfp.conv2d(input, weights, bias, filters, stride, padding, dilation, activation, winograd, groups)
 
 
-def depthwise_conv2d(
+def grouped_conv2d(
     input: Tensor,
     weights: Tensor,
     bias: Tensor,
@@ -101,13 +103,14 @@ def depthwise_conv2d(
     dilation: Sequence[int],
     activation: str = "none",
 ) -> Tensor:
-    """:func:`conv2d` where each channel has one kernel of its own.
+    """:func:`conv2d` in narrow groups: of one channel and one filter (a depthwise convolution), or of 4, 8 or 16.
 
     Args:
-        input: float32 ``[B, C, H, W]``.
-        weights, bias: from :func:`~mfp.conv_weights.pack_depthwise_conv2d`.
+        input: float32 ``[B, C, H, W]``; C is at least 16, but for a depthwise convolution.
+        weights, bias: from :func:`~mfp.conv_weights.pack_grouped_conv2d`; kernels of 3 columns with stride 1 or 2
+            and dilation 1, but for a depthwise convolution.
     """
-    return torch.ops.mfp.depthwise_conv2d(input, weights, bias, stride, padding, dilation, activation)
+    return torch.ops.mfp.grouped_conv2d(input, weights, bias, stride, padding, dilation, activation)
 
 
 def pointwise_depthwise_conv2d(
@@ -123,7 +126,9 @@ def pointwise_depthwise_conv2d(
     dilation: Sequence[int],
     activation: str = "none",
 ) -> Tensor:
-    """:func:`conv2d` with a 1x1 kernel, then :func:`depthwise_conv2d` of its result, kept in the caches: the same bits.
+    """:func:`conv2d` with a 1x1 kernel, then a depthwise :func:`grouped_conv2d` of what it gives, with the same bits.
+
+    What is between them stays in the caches.
 
     Args:
         input: float32 ``[B, C, H, W]``, at least a pixel.

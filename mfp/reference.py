@@ -224,15 +224,18 @@ def conv2d(
     dilation: Sequence[int],
     activation: str,
     winograd: bool = False,
+    groups: int = 1,
 ) -> Tensor:
     """The op ``mfp::conv2d``."""
-    plain = weights.permute(0, 4, 3, 1, 2).flatten(0, 1)[:filters]  # [F, C, H, W]
+    by_filter = weights.permute(0, 4, 3, 1, 2).unflatten(0, (groups, -1)).flatten(1, 2)
+    plain = by_filter[:, : filters // groups].flatten(0, 1)  # [F, C / groups, H, W]
     plain = kernel_of_winograd(plain) if winograd else plain
-    out = F.conv2d(input, plain, bias[:filters], stride, padding, dilation)
+    plain_bias = bias.view(groups, -1)[:, : filters // groups].flatten()
+    out = F.conv2d(input, plain, plain_bias, stride, padding, dilation, groups)
     return ACTIVATIONS[activation](out).contiguous(memory_format=torch.channels_last)
 
 
-def depthwise_conv2d(
+def grouped_conv2d(
     input: Tensor,
     weights: Tensor,
     bias: Tensor,
@@ -241,10 +244,10 @@ def depthwise_conv2d(
     dilation: Sequence[int],
     activation: str,
 ) -> Tensor:
-    """The op ``mfp::depthwise_conv2d``."""
+    """The op ``mfp::grouped_conv2d``."""
     channels = input.shape[1]
-    plain = weights[..., :channels].permute(2, 0, 1)[:, None]  # [C, 1, H, W]
-    out = F.conv2d(input, plain, bias[:channels], stride, padding, dilation, channels)
+    plain = weights[..., :channels].permute(3, 2, 0, 1)  # [C, C / groups, H, W]
+    out = F.conv2d(input, plain, bias[:channels], stride, padding, dilation, channels // plain.shape[1])
     return ACTIVATIONS[activation](out).contiguous(memory_format=torch.channels_last)
 
 
@@ -264,7 +267,7 @@ def pointwise_depthwise_conv2d(
     """The op ``mfp::pointwise_depthwise_conv2d``."""
     geometry = (1, 1), (0, 0), (1, 1)
     between = conv2d(input, pointwise_weights, pointwise_bias, channels, *geometry, pointwise_activation)
-    return depthwise_conv2d(between, weights, bias, stride, padding, dilation, activation)
+    return grouped_conv2d(between, weights, bias, stride, padding, dilation, activation)
 
 
 def conv2d_join_(

@@ -26,8 +26,8 @@ scatter_add_(Tensor(a!) residual, Tensor branch, Tensor index, bool relu) -> ()
 join_channels(Tensor? residual, Tensor branch, Tensor index, int channels) -> Tensor
 take_channels(Tensor input, Tensor index) -> Tensor
 conv2d(Tensor input, Tensor weights, Tensor bias, int filters, int[] stride, int[] padding, int[] dilation, \
-str activation, bool winograd=False) -> Tensor
-depthwise_conv2d(Tensor input, Tensor weights, Tensor bias, int[] stride, int[] padding, int[] dilation, \
+str activation, bool winograd=False, int groups=1) -> Tensor
+grouped_conv2d(Tensor input, Tensor weights, Tensor bias, int[] stride, int[] padding, int[] dilation, \
 str activation) -> Tensor
 pointwise_depthwise_conv2d(Tensor input, Tensor pointwise_weights, Tensor pointwise_bias, str pointwise_activation, \
 int channels, Tensor weights, Tensor bias, int[] stride, int[] padding, int[] dilation, str activation) -> Tensor
@@ -67,12 +67,12 @@ def _(weights, followers, follower_layers, num_pruned, kinds, exponents, chosen,
 
 
 @torch.library.register_fake("mfp::conv2d", lib=_library)
-def _(input, weights, bias, filters, stride, padding, dilation, activation, winograd=False):
+def _(input, weights, bias, filters, stride, padding, dilation, activation, winograd=False, groups=1):
     kernel = [size - WINOGRAD_OUT + 1 if winograd else size for size in weights.shape[1:3]]
     return _channels_last(input, filters, conv2d_sizes(input.shape[2:], kernel, stride, padding, dilation))
 
 
-@torch.library.register_fake("mfp::depthwise_conv2d", lib=_library)
+@torch.library.register_fake("mfp::grouped_conv2d", lib=_library)
 def _(input, weights, bias, stride, padding, dilation, activation):
     sizes = conv2d_sizes(input.shape[2:], weights.shape[:2], stride, padding, dilation)
     return _channels_last(input, input.shape[1], sizes)

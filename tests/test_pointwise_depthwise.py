@@ -11,7 +11,7 @@ from torch import nn
 
 import mfp
 from mfp import backend, layer_ops, reference
-from mfp.conv_weights import pack_conv2d, pack_depthwise_conv2d
+from mfp.conv_weights import pack_conv2d, pack_grouped_conv2d
 from mfp.serving.modules import ServingConv2d, ServingLinear, ServingPointwiseDepthwise2d
 
 CL = torch.channels_last
@@ -37,7 +37,7 @@ def sample(case, generator):
     x = torch.randn(shape, generator=generator).contiguous(memory_format=CL)
     first = torch.randn(channels, shape[1], 1, 1, generator=generator), torch.randn(channels, generator=generator)
     second = torch.randn(channels, 1, *kernel, generator=generator), torch.randn(channels, generator=generator)
-    return x, pack_conv2d(*first), pack_depthwise_conv2d(*second), geometry
+    return x, pack_conv2d(*first), pack_grouped_conv2d(*second), geometry
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -49,7 +49,7 @@ def test_the_same_bits_as_by_two_ops(isa, case):
     before = torch.get_num_threads()
     for activations in (("relu6", "none"), ("silu", "hardswish")):
         between = layer_ops.conv2d(x, *first, channels, (1, 1), (0, 0), (1, 1), activations[0])
-        expected = layer_ops.depthwise_conv2d(between, *second, *geometry, activations[1])
+        expected = layer_ops.grouped_conv2d(between, *second, *geometry, activations[1])
         arguments = (*first, activations[0], channels, *second, *geometry, activations[1])
         try:
             for threads in (1, 2, 16):

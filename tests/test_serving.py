@@ -12,7 +12,7 @@ from torch import nn
 
 import mfp
 from mfp import layer_ops
-from mfp.serving.modules import FusedJoin, ServingConv2d, ServingGlobalAvgPool2d, ServingJoin2d
+from mfp.serving.modules import FusedJoin, ServingConv2d, ServingGlobalAvgPool2d, ServingJoin2d, has_avx512
 
 
 class Net(nn.Module):
@@ -111,7 +111,7 @@ def test_a_chain_of_joins_is_computed_in_one_memory():
 def test_winograd_where_it_is_faster_and_not_switched_off(monkeypatch):
     called = []
     op = layer_ops.conv2d
-    monkeypatch.setattr(layer_ops, "conv2d", lambda *args: (called.append(args[-1]), op(*args))[1])
+    monkeypatch.setattr(layer_ops, "conv2d", lambda *args: (called.append(args[8]), op(*args))[1])
     torch.manual_seed(0)
     conv = ServingConv2d(24, 24, 3, padding=1).eval()
     large, small = torch.randn(2, 24, 14, 14), torch.randn(2, 24, 6, 8)
@@ -172,12 +172,19 @@ def test_other_means_stay():
 
 
 @pytest.mark.parametrize("activation", ["none", "relu6", "silu"])
-def test_depthwise_convs(activation):
+def test_convs_with_groups(activation):
     torch.manual_seed(0)
-    for conv in (ServingConv2d(20, 20, 3, 2, 1, groups=20, activation=activation), ServingConv2d(6, 12, 3, groups=6)):
-        x = torch.randn(2, conv.in_channels, 9, 10)
+    for channels, filters, groups, stride, dilation, by_mfp in (
+        (20, 20, 20, 2, 1, True), (6, 12, 6, 1, 1, False),  # depthwise; two filters of each channel
+        (24, 24, 3, 1, 1, True), (24, 24, 3, 2, 1, True), (24, 24, 3, 3, 1, False), (24, 24, 3, 1, 2, False),
+        (32, 32, 2, 1, 1, True), (8, 8, 2, 1, 1, False), (24, 48, 3, 1, 1, True), (12, 12, 2, 1, 1, False),
+        (50, 34, 2, 3, 2, has_avx512()), (24, 24, 6, 1, 1, True),
+    ):  # fmt: skip
+        conv = ServingConv2d(channels, filters, 3, stride, 1, dilation, groups, activation=activation)
+        x = torch.randn(2, channels, 9, 10)
         expected = conv(x)  # with gradients: by torch
         with torch.inference_mode():
+            assert conv.runs_op(x) == by_mfp
             assert difference(expected, conv(x)) < 1e-6
 
 

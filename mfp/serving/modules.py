@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from mfp import backend as backends
 from mfp import layer_ops
-from mfp.conv_weights import conv2d_sizes, pack_conv2d, pack_depthwise_conv2d, winograd_weight
+from mfp.conv_weights import CONV_BLOCK, conv2d_sizes, pack_conv2d, pack_grouped_conv2d, winograd_weight
 from mfp.modules import fits_op, only_runs, per_channel
 from mfp.reference import ACTIVATIONS
 
@@ -90,8 +90,8 @@ class PackedOnce(nn.Module):
 class ServingConv2d(PackedOnce, nn.Conv2d):
     """conv and activation in one, with the weight packed once for this processor: for serving on a CPU.
 
-    Convs without groups and depthwise ones run as mfp's ops, others as oneDNN's. torch packs a plain conv's weight anew
-    at each call, which costs a 1x1 conv as much time as its arithmetic. The packed copy is made at the first call
+    Most run as mfp's ops, the rest (some with groups) as oneDNN's. torch packs a plain conv's weight anew at each
+    call, which costs a 1x1 conv as much time as its arithmetic. The packed copy is made at the first call
     without gradients and renewed when the parameters change; wherever it does not apply (gradients, export, other
     devices and dtypes), this is an ordinary conv and activation.
     """
@@ -103,11 +103,13 @@ class ServingConv2d(PackedOnce, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.runs_op(x):
             geometry = self.stride, self.padding, self.dilation
-            if self.groups > 1:
-                return layer_ops.depthwise_conv2d(x, *self.packed(self.pack_depthwise), *geometry, self.activation)
+            if self.has_narrow_groups():
+                return layer_ops.grouped_conv2d(x, *self.packed(self.pack_grouped), *geometry, self.activation)
             winograd = self.is_for_winograd(x)
             weight, bias = self.packed(self.pack, winograd)
-            return layer_ops.conv2d(x, weight, bias, self.out_channels, *geometry, self.activation, winograd)
+            return layer_ops.conv2d(
+                x, weight, bias, self.out_channels, *geometry, self.activation, winograd, self.groups
+            )
         if not (ONEDNN and self.is_plain(x)):
             return ACTIVATIONS[self.activation](super().forward(x))
         name, numbers = ONEDNN_ACTIVATIONS[self.activation]
@@ -118,12 +120,26 @@ class ServingConv2d(PackedOnce, nn.Conv2d):
 
     def runs_op(self, x: Tensor) -> bool:
         """Whether the call is one for mfp's op."""
-        if not (self.groups == 1 or self.is_depthwise()) or not self.is_plain(x):
+        if not self.is_plain(x) or not (self.groups == 1 or self.has_narrow_groups() or self.has_wide_groups()):
             return False
         return backends.choose(x.device).name == "cpu"
 
     def is_depthwise(self) -> bool:
         return self.groups == self.in_channels == self.out_channels
+
+    def has_narrow_groups(self) -> bool:
+        """Whether the kernel for narrow groups is there for this conv and the fastest."""
+        if self.is_depthwise():
+            return True
+        square = self.in_channels == self.out_channels >= CONV_BLOCK
+        common = self.kernel_size[1] == 3 and self.stride[1] <= 2 and self.dilation[1] == 1
+        widths = (4, 8, 16) if has_avx512() else (4, 8)
+        return square and common and self.in_channels // self.groups in widths
+
+    def has_wide_groups(self) -> bool:
+        """Whether the direct kernel's register tiles are well filled by each group; AVX2's are of 16 filters."""
+        filters = self.out_channels // self.groups
+        return filters >= CONV_BLOCK and (has_avx512() or filters % CONV_BLOCK == 0)
 
     def is_pointwise(self) -> bool:
         """Whether each output pixel is made of all channels of the same pixel of the input."""
@@ -144,18 +160,16 @@ class ServingConv2d(PackedOnce, nn.Conv2d):
         """
         if (self.kernel_size, self.stride, self.dilation) != ((3, 3), (1, 1), (1, 1)):
             return False
-        if min(self.in_channels, self.out_channels) < 8 or os.environ.get("MFP_WINOGRAD") == "0":
+        if self.groups > 1 or min(self.in_channels, self.out_channels) < 8 or os.environ.get("MFP_WINOGRAD") == "0":
             return False
         return x.shape[2] * x.shape[3] >= WINOGRAD_PIXELS
 
     def pack(self, winograd: bool = False) -> tuple[Tensor, Tensor]:
-        weight = self.weight.detach()
-        return pack_conv2d(
-            winograd_weight(weight) if winograd else weight, None if self.bias is None else self.bias.detach()
-        )
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        return pack_conv2d(winograd_weight(weight) if winograd else weight, bias, self.groups)
 
-    def pack_depthwise(self) -> tuple[Tensor, Tensor]:
-        return pack_depthwise_conv2d(self.weight.detach(), None if self.bias is None else self.bias.detach())
+    def pack_grouped(self) -> tuple[Tensor, Tensor]:
+        return pack_grouped_conv2d(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
     def pack_for_onednn(self, shape: torch.Size) -> Tensor:
         weight = self.weight.detach().to_mkldnn()
@@ -207,9 +221,13 @@ class ServingPointwiseDepthwise2d(nn.Module):
             return depthwise(pointwise(x))
         return layer_ops.pointwise_depthwise_conv2d(
             x, *pointwise.packed(pointwise.pack), pointwise.activation, pointwise.out_channels,
-            *depthwise.packed(depthwise.pack_depthwise), depthwise.stride, depthwise.padding, depthwise.dilation,
+            *depthwise.packed(depthwise.pack_grouped), depthwise.stride, depthwise.padding, depthwise.dilation,
             depthwise.activation,
         )  # fmt: skip
+
+
+def has_avx512() -> bool:
+    return (backends.build_info() or {}).get("cpu_isa") == "avx512"
 
 
 def version_of(tensor: Tensor | None) -> tuple:

@@ -50,9 +50,10 @@ static void check_conv(Conv conv, std::mt19937& random) {
     conv.out_size[d] = (conv.size[d] + 2 * conv.padding[d] - reach - 1) / conv.stride[d] + 1;
   }
   conv.out_pitch = conv.out_size[1];
-  const int64_t blocks = (conv.filters + kBlock - 1) / kBlock;
+  const int64_t filters = conv.group_filters(), channels = conv.group_channels();
+  const int64_t group_blocks = (filters + kBlock - 1) / kBlock, blocks = conv.groups * group_blocks;
   const auto input = small_integers(conv.batch * conv.size[0] * conv.size[1] * conv.channels, random);
-  const auto weights = small_integers(blocks * kBlock * conv.taps() * conv.channels, random);
+  const auto weights = small_integers(blocks * kBlock * conv.taps() * channels, random);
   const auto bias = small_integers(blocks * kBlock, random);
   const std::vector<float> zeros(conv.channels);
   conv.input = input.data(), conv.weights = weights.data(), conv.bias = bias.data(), conv.zeros = zeros.data();
@@ -61,14 +62,16 @@ static void check_conv(Conv conv, std::mt19937& random) {
     const int64_t column = pixel % conv.out_size[1], row = pixel / conv.out_size[1] % conv.out_size[0];
     const int64_t image = pixel / conv.out_size[1] / conv.out_size[0];
     for (int64_t f = 0; f < conv.filters; ++f) {
-      double sum = bias[f];
+      const int64_t group = f / filters, packed = group * group_blocks * kBlock + f % filters;
+      double sum = bias[packed];
       for (int64_t tap = 0; tap < conv.taps(); ++tap) {
         const int64_t y = row * conv.stride[0] - conv.padding[0] + tap / conv.kernel[1] * conv.dilation[0];
         const int64_t x = column * conv.stride[1] - conv.padding[1] + tap % conv.kernel[1] * conv.dilation[1];
         if (y < 0 || y >= conv.size[0] || x < 0 || x >= conv.size[1]) continue;
-        for (int64_t c = 0; c < conv.channels; ++c) {
-          const int64_t place = ((f / kBlock * conv.taps() + tap) * conv.channels + c) * kBlock + f % kBlock;
-          sum += input[((image * conv.size[0] + y) * conv.size[1] + x) * conv.channels + c] * weights[place];
+        const int64_t at = ((image * conv.size[0] + y) * conv.size[1] + x) * conv.channels + group * channels;
+        for (int64_t c = 0; c < channels; ++c) {
+          const int64_t place = ((packed / kBlock * conv.taps() + tap) * channels + c) * kBlock + packed % kBlock;
+          sum += input[at + c] * weights[place];
         }
       }
       expected.push_back(sum);
@@ -155,26 +158,36 @@ static void check_convs(std::mt19937& random) {
                   .padding = {padding, 2},
                   .dilation = {1, 2}},
                  random);
+      check_conv({.batch = 1,
+                  .channels = 3 * kernel,
+                  .filters = 3 * (9 * kernel + padding),
+                  .groups = 3,
+                  .size = {9, 5},
+                  .kernel = {kernel, 3},
+                  .stride = {2, 1},
+                  .padding = {padding, 2},
+                  .dilation = {1, 1}},
+                 random);
     }
   }
 }
 
-static void check_depthwise(Conv conv, std::mt19937& random) {
+static void check_grouped(Conv conv, std::mt19937& random) {
   for (int d = 0; d < 2; ++d) {
     const int64_t reach = conv.dilation[d] * (conv.kernel[d] - 1);
     conv.out_size[d] = (conv.size[d] + 2 * conv.padding[d] - reach - 1) / conv.stride[d] + 1;
   }
-  const int64_t width = (conv.channels + kBlock - 1) / kBlock * kBlock;
+  const int64_t width = (conv.channels + kBlock - 1) / kBlock * kBlock, group = conv.group_channels();
   const auto input = small_integers(conv.batch * conv.size[0] * conv.size[1] * conv.channels, random);
-  const auto weights = small_integers(conv.taps() * width, random), bias = small_integers(width, random);
+  const auto weights = small_integers(conv.taps() * group * width, random), bias = small_integers(width, random);
   conv.input = input.data(), conv.weights = weights.data(), conv.bias = bias.data();
   conv.filters = conv.channels, conv.activation.low = -3, conv.activation.high = 20;
   for (Isa isa : levels()) {
     std::vector<float> output(conv.pixels() * conv.channels);
     conv.output = output.data();
     const int64_t rows = conv.batch * conv.out_size[0], some = rows / 3;
-    MFP_OF_ISA(isa, depthwise_rows)(conv, some, rows);
-    MFP_OF_ISA(isa, depthwise_rows)(conv, 0, some);
+    MFP_OF_ISA(isa, grouped_rows)(conv, some, rows);
+    MFP_OF_ISA(isa, grouped_rows)(conv, 0, some);
     bool good = true;
     for (size_t i = 0; i < output.size(); ++i) {
       const int64_t c = i % conv.channels, pixel = i / conv.channels, column = pixel % conv.out_size[1];
@@ -185,28 +198,46 @@ static void check_depthwise(Conv conv, std::mt19937& random) {
         const int64_t y = row * conv.stride[0] - conv.padding[0] + tap / conv.kernel[1] * conv.dilation[0];
         const int64_t x = column * conv.stride[1] - conv.padding[1] + tap % conv.kernel[1] * conv.dilation[1];
         if (y < 0 || y >= conv.size[0] || x < 0 || x >= conv.size[1]) continue;
-        sum += input[((image * conv.size[0] + y) * conv.size[1] + x) * conv.channels + c] * weights[tap * width + c];
+        const int64_t at = ((image * conv.size[0] + y) * conv.size[1] + x) * conv.channels + c - c % group;
+        for (int64_t i = 0; i < group; ++i) sum += input[at + i] * weights[(tap * group + i) * width + c];
       }
       good &= output[i] == std::fmin(std::fmax(sum, -3), 20);
     }
-    expect(good, std::string("depthwise conv ") + isa_name(isa) + " " + std::to_string(conv.channels));
+    expect(good, std::string("grouped conv ") + isa_name(isa) + " " + std::to_string(conv.channels) + " by " +
+                     std::to_string(group));
   }
 }
 
-static void check_depthwise_convs(std::mt19937& random) {
+static void check_grouped_convs(std::mt19937& random) {
   for (int64_t channels : {1, 4, 7, 8, 9, 16, 17, 33}) {
     for (int64_t kernel : {1, 3, 5}) {
       for (int64_t stride : {1, 2}) {
         for (int64_t dilation : {1, 3}) {
-          check_depthwise({.batch = 2,
-                           .channels = channels,
-                           .size = {13, 21},
-                           .kernel = {kernel, kernel == 1 ? 4 : kernel},
-                           .stride = {stride, channels % 2 ? 1 : stride},
-                           .padding = {kernel / 2, stride + 1},
-                           .dilation = {1, dilation}},
-                          random);
+          check_grouped({.batch = 2,
+                         .channels = channels,
+                         .groups = channels,
+                         .size = {13, 21},
+                         .kernel = {kernel, kernel == 1 ? 4 : kernel},
+                         .stride = {stride, channels % 2 ? 1 : stride},
+                         .padding = {kernel / 2, stride + 1},
+                         .dilation = {1, dilation}},
+                        random);
         }
+      }
+    }
+  }
+  for (int64_t group : {4, 8, 16}) {
+    for (int64_t channels : {int64_t{16}, int64_t{48}, 16 + group}) {
+      for (int64_t stride : {1, 2}) {
+        check_grouped({.batch = 2,
+                       .channels = channels,
+                       .groups = channels / group,
+                       .size = {5, channels / 2},
+                       .kernel = {channels == 48 ? 2 : 3, 3},
+                       .stride = {2, stride},
+                       .padding = {1, stride},
+                       .dilation = {2, 1}},
+                      random);
       }
     }
   }
@@ -217,7 +248,7 @@ static void check_pointwise_depthwise(Conv pointwise, Conv depthwise, std::mt199
   const int64_t channels = pointwise.filters, width = (channels + kBlock - 1) / kBlock * kBlock;
   pointwise.kernel[0] = pointwise.kernel[1] = pointwise.stride[0] = pointwise.stride[1] = 1;
   pointwise.dilation[0] = pointwise.dilation[1] = 1;
-  depthwise.batch = pointwise.batch, depthwise.channels = depthwise.filters = channels;
+  depthwise.batch = pointwise.batch, depthwise.channels = depthwise.filters = depthwise.groups = channels;
   for (int d = 0; d < 2; ++d) {
     pointwise.out_size[d] = depthwise.size[d] = pointwise.size[d];
     const int64_t reach = depthwise.dilation[d] * (depthwise.kernel[d] - 1);
@@ -234,7 +265,7 @@ static void check_pointwise_depthwise(Conv pointwise, Conv depthwise, std::mt199
   std::vector<float> between(pointwise.pixels() * channels), expected(depthwise.pixels() * channels);
   pointwise.output = between.data(), depthwise.input = between.data(), depthwise.output = expected.data();
   run_conv(pointwise, Isa::portable, 1);
-  portable::depthwise_rows(depthwise, 0, depthwise.batch * depthwise.out_size[0]);
+  portable::grouped_rows(depthwise, 0, depthwise.batch * depthwise.out_size[0]);
   pointwise.output = nullptr, depthwise.input = nullptr;
   for (Isa isa : levels()) {
     for (int threads : {1, 7}) {
@@ -270,6 +301,6 @@ static void check_pointwise_depthwise_convs(std::mt19937& random) {
 
 void check_all_convs(std::mt19937& random) {
   check_convs(random);
-  check_depthwise_convs(random);
+  check_grouped_convs(random);
   check_pointwise_depthwise_convs(random);
 }

@@ -20,15 +20,16 @@ constexpr int kBlock = 16;       // filters that lie side by side in the packed 
 constexpr int kWinogradOut = 4;  // by as many outputs at once
 
 struct Conv {
-  const float* input;  // [batch, height, width, channels]
-  const float*
-      weights;        // [filters / 16, kernel height, kernel width, channels, 16]; depthwise: [height, width, channels]
-  const float* bias;  // [filters rounded up to 16]
-  const float* zeros;  // [channels]: a pixel of the padding
-  float* output;       // [batch, out height, out width, filters], or the residual [..., residual channels]
-  int64_t batch, channels, filters;  // depthwise: channels side by side in the input, in the output
-  int64_t size[2], out_size[2];      // height, width
-  int64_t out_pitch;                 // pixels from one row of the output to the next, for a direct convolution
+  const float* input;    // [batch, height, width, channels]
+  const float* weights;  // [groups, filters of a group / 16, kernel height, kernel width, channels of a group, 16];
+                         // narrow groups: [height, width, channels of a group, channels]
+  const float* bias;     // [groups, filters of a group rounded up to 16], or [channels]
+  const float* zeros;    // [channels]: a pixel of the padding
+  float* output;         // [batch, out height, out width, filters], or the residual [..., residual channels]
+  int64_t batch, channels, filters;  // side by side in the input, in the output
+  int64_t groups = 1;
+  int64_t size[2], out_size[2];  // height, width
+  int64_t out_pitch;             // pixels from one row of the output to the next, for a direct convolution
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   Activation activation;
   bool winograd;  // the weights are those of Winograd's F(4x4, 3x3): 6 by 6 of them, for a 3x3 kernel of stride 1
@@ -40,7 +41,11 @@ struct Conv {
   bool relu;
 
   int64_t taps() const { return kernel[0] * kernel[1]; }
-  int64_t row_taps() const { return dilation[1] == 1 ? kernel[1] : 1; }  // how many lie side by side in the input
+  int64_t group_channels() const { return channels / groups; }
+  int64_t group_filters() const { return filters / groups; }
+  int64_t numbers() const { return batch * size[0] * size[1] * channels; }  // of the input
+  // How many lie side by side in the input.
+  int64_t row_taps() const { return dilation[1] == 1 && groups == 1 ? kernel[1] : 1; }
   int64_t out_channels() const { return landing == nullptr ? filters : residual_channels; }
   int64_t pixels() const { return batch * out_size[0] * out_size[1]; }
 };
@@ -50,10 +55,13 @@ constexpr int tile_pixels(Isa isa) { return isa == Isa::avx512 ? 8 : isa == Isa:
 
 class PixelOrder;  // pixel_order.h
 
-// The work is a grid of tasks: ranges of pixel tiles by ranges of filters.
+// The work is a grid of tasks: ranges of pixel tiles by ranges of filters, in the order in which threads take them.
 struct ConvTasks {
   int64_t tile_ranges, filter_ranges;
+  bool by_pixels;  // all filters of some pixels, then the next pixels
   int64_t count() const { return tile_ranges * filter_ranges; }
+  int64_t tile_range(int64_t task) const { return by_pixels ? task / filter_ranges : task % tile_ranges; }
+  int64_t filter_range(int64_t task) const { return by_pixels ? task % filter_ranges : task / tile_ranges; }
 };
 
 // A 1x1 convolution and the depthwise one that alone reads it, some rows of the output at a time: what lies between
@@ -73,14 +81,14 @@ struct PointwiseDepthwise {
 };
 
 // conv_tasks: a grid with enough tasks for the threads. conv_task: computes one of them. The same for winograd_, where
-// the tiles are of 4x4 outputs. depthwise_rows: some rows of the output, of all images.
+// the tiles are of 4x4 outputs. grouped_rows: some rows of the output, of all images.
 #define MFP_DECLARE(isa)                                                                           \
   namespace isa {                                                                                  \
   ConvTasks conv_tasks(const Conv& conv, int64_t tiles, int threads);                              \
   void conv_task(const Conv& conv, const PixelOrder& order, const ConvTasks& tasks, int64_t task); \
   ConvTasks winograd_tasks(const Conv& conv, int threads);                                         \
   void winograd_task(const Conv& conv, const ConvTasks& tasks, int64_t task);                      \
-  void depthwise_rows(const Conv& conv, int64_t first, int64_t last);                              \
+  void grouped_rows(const Conv& conv, int64_t first, int64_t last);                                \
   void pointwise_depthwise_task(const PointwiseDepthwise& convs, int64_t task);                    \
   }
 MFP_DECLARE(portable)

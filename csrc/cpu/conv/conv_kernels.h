@@ -14,8 +14,10 @@ ConvTasks conv_tasks(const Conv& conv, int64_t tiles, int threads) {
   const int64_t strips = strip_count(conv), wanted = 8 * threads;
   const int64_t numbers = conv.channels + conv.filters;  // of one pixel; a range's should fit the second-level cache
   const int64_t range = std::clamp<int64_t>(65536 / numbers, 48, 256) / kTilePixels;
-  // First by pixels, which leaves the next layer's inputs in the caches of the same threads.
-  ConvTasks tasks = {std::max((tiles + range - 1) / range, std::min(wanted, (tiles + 3) / 4)), 1};
+  // By pixels, which the layer before has left in the caches of the same threads, unless the weights are what is read.
+  const bool by_pixels = conv.filters * conv.taps() * conv.group_channels() < 2 * conv.numbers();
+  const int64_t few = by_pixels ? 2 : 4;  // tiles of a task, where there are not many
+  ConvTasks tasks = {std::max((tiles + range - 1) / range, std::min(wanted, (tiles + few - 1) / few)), 1, by_pixels};
   if (tasks.tile_ranges < wanted) tasks.filter_ranges = std::min(strips, (wanted - 1) / tasks.tile_ranges + 1);
   if (tasks.count() < wanted) tasks.tile_ranges = std::min(tiles, (wanted - 1) / tasks.filter_ranges + 1);
   return tasks;
@@ -77,7 +79,7 @@ int64_t runs_inside(const Conv& conv, const Spot* spots, int pixels, Run* runs, 
     for (int64_t w = 0; w < conv.kernel[1]; w += conv.row_taps(), ++count) {
       const int64_t shift = (h * conv.dilation[0] * conv.size[1] + w * conv.dilation[1]) * conv.channels;
       for (int p = 0; p < pixels; ++p) (runs++)->input = spots[p].input + shift;
-      places[count].weights = (h * conv.kernel[1] + w) * conv.channels * kBlock;
+      places[count].weights = (h * conv.kernel[1] + w) * conv.group_channels() * kBlock;
     }
   }
   return count;
@@ -98,7 +100,7 @@ int64_t runs_at_border(const Conv& conv, const Spot* spots, int pixels, Run* run
         any |= inside;
       }
       if (!any) continue;
-      places[count++].weights = (h * conv.kernel[1] + w) * conv.channels * kBlock;
+      places[count++].weights = (h * conv.kernel[1] + w) * conv.group_channels() * kBlock;
       runs += pixels;
     }
   }
@@ -107,7 +109,7 @@ int64_t runs_at_border(const Conv& conv, const Spot* spots, int pixels, Run* run
 
 void conv_task(const Conv& shared, const PixelOrder& order, const ConvTasks& tasks, int64_t task) {
   const Conv conv = shared;  // the original lies among variables that another thread writes
-  const int64_t filter_range = task / tasks.tile_ranges, tile_range = task % tasks.tile_ranges;
+  const int64_t filter_range = tasks.filter_range(task), tile_range = tasks.tile_range(task);
   static thread_local std::vector<Spot> spots;
   static thread_local std::vector<TileStart> tiles;
   find_spots(conv, order, order.tiles() * tile_range / tasks.tile_ranges,
@@ -126,7 +128,7 @@ void conv_task(const Conv& shared, const PixelOrder& order, const ConvTasks& tas
   float* out[kTilePixels];
   Tile tile = {};
   tile.runs = runs.data(), tile.places = places.data(), tile.out = out, tile.activation = conv.activation;
-  tile.block = conv.taps() * conv.channels * kBlock;
+  tile.block = conv.taps() * conv.group_channels() * kBlock;
 
   const auto compute = [&](int64_t number, const Strip& strip) {
     const int pixels = static_cast<int>(tiles[number + 1].first - tiles[number].first);
@@ -140,7 +142,8 @@ void conv_task(const Conv& shared, const PixelOrder& order, const ConvTasks& tas
         __builtin_prefetch(row_of(p) + c, 1);
       }
     }
-    tile.weights = conv.weights + strip.first / kBlock * tile.block, tile.bias = conv.bias + strip.first;
+    tile.weights = conv.weights + strip.packed / kBlock * tile.block, tile.bias = conv.bias + strip.packed;
+    tile.channel = strip.channel;
     sum_tile_of(pixels, strip.vectors, strip.half, std::make_integer_sequence<int, kTilePixels>())(tile);
     if (direct) return;
     for (int p = 0; p < pixels; ++p) {
@@ -150,12 +153,13 @@ void conv_task(const Conv& shared, const PixelOrder& order, const ConvTasks& tas
   const auto prepare = [&](int64_t number) {
     const int pixels = static_cast<int>(tiles[number + 1].first - tiles[number].first);
     const Spot* spot = spots.data() + tiles[number].first;
-    tile.length = tiles[number].inside ? conv.channels * conv.row_taps() : conv.channels;
+    tile.length = conv.group_channels() * (tiles[number].inside ? conv.row_taps() : 1);
     tile.count = tiles[number].inside ? runs_inside(conv, spot, pixels, runs.data(), places.data())
                                       : runs_at_border(conv, spot, pixels, runs.data(), places.data());
   };
   const int64_t count = static_cast<int64_t>(tiles.size()) - 1;
-  const int64_t weights = static_cast<int64_t>(strips.size()) * kTileVectors * kLanes * conv.taps() * conv.channels;
+  const int64_t weights =
+      static_cast<int64_t>(strips.size()) * kTileVectors * kLanes * conv.taps() * conv.group_channels();
   if (weights <= kFewWeights) {  // they stay in the nearest caches: each pixel is finished at once
     for (int64_t number = 0; number < count; ++number) {
       prepare(number);

@@ -41,6 +41,7 @@ struct Tile {
   const float* bias;
   Activation activation;
   float* const* out;  // [pixels]
+  int64_t channel;    // the group's first one in the input
 };
 
 typedef float HalfWide __attribute__((vector_size(2 * MFP_LANES)));
@@ -53,7 +54,7 @@ inline HalfWide lower_half(Vec v) {
   return half;
 }
 
-// kHalf: half a vector more, for filters that do not fill another one.
+// kHalf: half a vector more, or alone, for filters that do not fill another one.
 template <int kPixels, int kVectors, bool kHalf>
 void sum_tile(const Tile& tile) {
   Vec sums[kPixels][kVectors];
@@ -68,7 +69,7 @@ void sum_tile(const Tile& tile) {
   for (int64_t i = 0; i < tile.count; ++i, runs += kPixels) {
     const float* run[kPixels];
 #pragma GCC unroll 8
-    for (int p = 0; p < kPixels; ++p) run[p] = runs[p].input;
+    for (int p = 0; p < kPixels; ++p) run[p] = runs[p].input + tile.channel;
     const float* weights = tile.weights + tile.places[i].weights;
     for (int64_t c = 0; c < tile.length; ++c, weights += kBlock) {
       Vec w[kVectors];
@@ -80,6 +81,10 @@ void sum_tile(const Tile& tile) {
       if constexpr (kHalf) half = load_half(weights + kVectors * tile.block);
 #pragma GCC unroll 8
       for (int p = 0; p < kPixels; ++p) {
+        if constexpr (kVectors == 0) {
+          halves[p] += (run[p][c] - HalfWide{}) * half;
+          continue;
+        }
         const Vec x = broadcast(run[p][c]);
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sums[p][v] += x * w[v];
@@ -116,22 +121,25 @@ void sum_tile(const Tile& tile) {
 
 typedef void (*SumTile)(const Tile&);
 
-// [pixels - 1][vectors - 1][half]
+// [pixels - 1][vectors][half]
 template <int... kPixels>
 SumTile sum_tile_of(int pixels, int vectors, bool half, std::integer_sequence<int, kPixels...>) {
   static constexpr int k2 = std::min(2, kTileVectors), k3 = std::min(3, kTileVectors), k4 = std::min(4, kTileVectors);
   static constexpr bool kHalf = kLanes == kBlock;
-  static constexpr SumTile table[][4][2] = {{{sum_tile<kPixels + 1, 1, false>, sum_tile<kPixels + 1, 1, kHalf>},
+  static constexpr SumTile table[][5][2] = {{{nullptr, sum_tile < kPixels + 1, kHalf ? 0 : 1, kHalf > },
+                                             {sum_tile<kPixels + 1, 1, false>, sum_tile<kPixels + 1, 1, kHalf>},
                                              {sum_tile<kPixels + 1, k2, false>, sum_tile<kPixels + 1, k2, kHalf>},
                                              {sum_tile<kPixels + 1, k3, false>, sum_tile<kPixels + 1, k3, false>},
                                              {sum_tile<kPixels + 1, k4, false>, sum_tile<kPixels + 1, k4, false>}}...};
-  return table[pixels - 1][vectors - 1][half];
+  return table[pixels - 1][vectors][half];
 }
 
-// Filters that one register tile computes, and the channels of the output that it settles: the residual's up to where
-// the next strip begins.
+// Filters of a group that one register tile computes, and the channels of the output that it settles: the residual's up
+// to where the next strip begins.
 struct Strip {
   int64_t first, width;
+  int64_t packed;   // the first one's place in the packed bias
+  int64_t channel;  // the group's first one in the input
   int vectors;
   bool half;
   int64_t out_first, out_last;
@@ -139,16 +147,21 @@ struct Strip {
 
 inline int64_t strip_count(const Conv& conv) {
   const int64_t wide = kTileVectors * kLanes;
-  return (conv.filters + wide - 1) / wide;
+  return conv.groups * ((conv.group_filters() + wide - 1) / wide);
 }
 
 inline Strip strip_of(const Conv& conv, int64_t number) {
-  const int64_t vectors = (conv.filters + kLanes - 1) / kLanes, count = strip_count(conv);
+  const int64_t filters = conv.group_filters(), vectors = (filters + kLanes - 1) / kLanes;
+  const int64_t count = strip_count(conv) / conv.groups, group = number / count;
+  number %= count;
   int64_t begin = number * kTileVectors, end = std::min(begin + kTileVectors, vectors);
   if (kLanes == kBlock) begin = vectors * number / count, end = vectors * (number + 1) / count;  // of like width
-  const int64_t first = begin * kLanes, last = std::min(end * kLanes, conv.filters);
-  Strip strip = {first, last - first, static_cast<int>(end - begin), false, first, last};
-  if (kLanes == kBlock && strip.vectors > 1 && strip.width <= strip.vectors * kLanes - kLanes / 2) {
+  const int64_t width = std::min(end * kLanes, filters) - begin * kLanes;
+  const int64_t first = group * filters + begin * kLanes, last = first + width;
+  const int64_t packed = group * ((filters + kBlock - 1) / kBlock * kBlock) + begin * kLanes;
+  Strip strip = {first, width, packed, group * conv.group_channels(), static_cast<int>(end - begin),
+                 false, first, last};
+  if (kLanes == kBlock && strip.width <= strip.vectors * kLanes - kLanes / 2) {
     --strip.vectors, strip.half = true;
   }
   if (conv.landing != nullptr) {

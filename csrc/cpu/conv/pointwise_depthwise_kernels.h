@@ -68,7 +68,7 @@ void pointwise_depthwise_task(const PointwiseDepthwise& convs, int64_t task) {
     if (end > until) pointwise_rows(pointwise, until, end, between + (until - there) * row_numbers + left * channels);
     until = std::max(until, end);
     depthwise.input = between - there * row_numbers;
-    depthwise_rows(depthwise, row, next);
+    grouped_rows(depthwise, row, next);
   }
 }
 

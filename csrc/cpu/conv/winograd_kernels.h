@@ -130,7 +130,7 @@ void winograd_task(const Conv& shared, const ConvTasks& tasks, int64_t task) {
   static constexpr float no_bias[kTileVectors * kLanes + kLanes] = {};
   const Conv conv = shared;  // the original lies among variables that another thread writes
   const OutTiles tiles(conv);
-  const int64_t filter_range = task / tasks.tile_ranges, tile_range = task % tasks.tile_ranges;
+  const int64_t filter_range = tasks.filter_range(task), tile_range = tasks.tile_range(task);
   const int64_t first = tiles.count * tile_range / tasks.tile_ranges;
   const int64_t last = tiles.count * (tile_range + 1) / tasks.tile_ranges, count = last - first;
   const int64_t first_strip = strip_count(conv) * filter_range / tasks.filter_ranges;
