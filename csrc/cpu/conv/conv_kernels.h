@@ -23,16 +23,22 @@ ConvTasks conv_tasks(const Conv& conv, int64_t tiles, int threads) {
   return tasks;
 }
 
-// What all strips of a task need to know of an output pixel.
+// What all strips of a task need to know of an output pixel, beside where its patch starts in the input.
 struct Spot {
-  const float* input;   // where its patch starts, in the padding perhaps
-  int64_t row, column;  // of that
-  int64_t out;          // its number in the output
+  int64_t row, column;  // of that start, in the padding perhaps
+  int64_t out;          // the pixel's number in the output
 };
 
 struct TileStart {
-  int64_t first;  // the tile's first spot; the next tile's begins where it ends
+  int64_t first;  // the tile's first pixel; the next tile's begins where it ends
   bool inside;
+};
+
+// The pixels of a task.
+struct Spots {
+  std::vector<Run> starts;
+  std::vector<Spot> spots;
+  std::vector<TileStart> tiles;
 };
 
 // Whether output pixel i is made of input pixel i alone: all lie in a row, tile by tile.
@@ -41,18 +47,19 @@ inline bool is_pointwise(const Conv& conv) {
 }
 
 // The pixels of a range of tiles.
-void find_spots(const Conv& conv, const PixelOrder& order, int64_t first_tile, int64_t last_tile,
-                std::vector<Spot>& spots, std::vector<TileStart>& tiles) {
-  spots.clear(), tiles.clear();
+void find_spots(const Conv& conv, const PixelOrder& order, int64_t first_tile, int64_t last_tile, Spots& found) {
+  auto& [starts, spots, tiles] = found;
+  starts.clear(), spots.clear(), tiles.clear();
   if (is_pointwise(conv)) {  // without the divisions of the walk, which take as long as the sums of few channels
     const int64_t first = conv.pixels() * first_tile / order.tiles();
     for (int64_t tile = first_tile; tile <= last_tile; ++tile) {
       tiles.push_back({conv.pixels() * tile / order.tiles() - first, true});
     }
-    spots.resize(tiles.back().first);
+    starts.resize(tiles.back().first), spots.resize(tiles.back().first);
     int64_t row = first / conv.out_size[1], column = first % conv.out_size[1];
     for (int64_t i = 0; i < tiles.back().first; ++i) {
-      spots[i] = {conv.input + (first + i) * conv.channels, 0, 0, row * conv.out_pitch + column};
+      starts[i] = {conv.input + (first + i) * conv.channels};
+      spots[i].out = row * conv.out_pitch + column;
       if (++column == conv.out_size[1]) column = 0, ++row;
     }
     return;
@@ -62,10 +69,10 @@ void find_spots(const Conv& conv, const PixelOrder& order, int64_t first_tile, i
       [&](int64_t image, int64_t row, int64_t column, int64_t count) {
         const int64_t y = row * conv.stride[0] - conv.padding[0], x = column * conv.stride[1] - conv.padding[1];
         const float* input = conv.input + ((image * conv.size[0] + y) * conv.size[1] + x) * conv.channels;
-        Spot spot = {input, y, x, (image * conv.out_size[0] + row) * conv.out_pitch + column};
-        for (; count > 0;
-             --count, spot.input += conv.stride[1] * conv.channels, spot.column += conv.stride[1], ++spot.out) {
-          spots.push_back(spot);
+        const int64_t out = (image * conv.out_size[0] + row) * conv.out_pitch + column;
+        for (int64_t i = 0; i < count; ++i) {
+          starts.push_back({input + i * conv.stride[1] * conv.channels});
+          spots.push_back({y, x + i * conv.stride[1], out + i});
         }
       });
   tiles.push_back({static_cast<int64_t>(spots.size()), false});
@@ -73,12 +80,12 @@ void find_spots(const Conv& conv, const PixelOrder& order, int64_t first_tile, i
 
 // The runs of a tile inside the image; returns their number. A run is a row of the kernel where that lies side by side
 // in the input.
-int64_t runs_inside(const Conv& conv, const Spot* spots, int pixels, Run* runs, Place* places) {
+int64_t runs_inside(const Conv& conv, const Run* starts, int pixels, Run* runs, Place* places) {
   int64_t count = 0;
   for (int64_t h = 0; h < conv.kernel[0]; ++h) {
     for (int64_t w = 0; w < conv.kernel[1]; w += conv.row_taps(), ++count) {
       const int64_t shift = (h * conv.dilation[0] * conv.size[1] + w * conv.dilation[1]) * conv.channels;
-      for (int p = 0; p < pixels; ++p) (runs++)->input = spots[p].input + shift;
+      for (int p = 0; p < pixels; ++p) (runs++)->input = starts[p].input + shift;
       places[count].weights = (h * conv.kernel[1] + w) * conv.group_channels() * kBlock;
     }
   }
@@ -86,7 +93,7 @@ int64_t runs_inside(const Conv& conv, const Spot* spots, int pixels, Run* runs, 
 }
 
 // The same near the border, where a run is a tap; taps that no pixel has are left out.
-int64_t runs_at_border(const Conv& conv, const Spot* spots, int pixels, Run* runs, Place* places) {
+int64_t runs_at_border(const Conv& conv, const Run* starts, const Spot* spots, int pixels, Run* runs, Place* places) {
   int64_t count = 0;
   for (int64_t h = 0; h < conv.kernel[0]; ++h) {
     for (int64_t w = 0; w < conv.kernel[1]; ++w) {
@@ -96,7 +103,7 @@ int64_t runs_at_border(const Conv& conv, const Spot* spots, int pixels, Run* run
       for (int p = 0; p < pixels; ++p) {
         const int64_t row = spots[p].row + down, column = spots[p].column + right;
         const bool inside = row >= 0 && row < conv.size[0] && column >= 0 && column < conv.size[1];
-        runs[p].input = inside ? spots[p].input + shift : conv.zeros;
+        runs[p].input = inside ? starts[p].input + shift : conv.zeros;
         any |= inside;
       }
       if (!any) continue;
@@ -110,10 +117,10 @@ int64_t runs_at_border(const Conv& conv, const Spot* spots, int pixels, Run* run
 void conv_task(const Conv& shared, const PixelOrder& order, const ConvTasks& tasks, int64_t task) {
   const Conv conv = shared;  // the original lies among variables that another thread writes
   const int64_t filter_range = tasks.filter_range(task), tile_range = tasks.tile_range(task);
-  static thread_local std::vector<Spot> spots;
-  static thread_local std::vector<TileStart> tiles;
+  static thread_local Spots found;
   find_spots(conv, order, order.tiles() * tile_range / tasks.tile_ranges,
-             order.tiles() * (tile_range + 1) / tasks.tile_ranges, spots, tiles);
+             order.tiles() * (tile_range + 1) / tasks.tile_ranges, found);
+  const auto& [starts, spots, tiles] = found;
   static thread_local std::vector<Strip> strips;
   strips.clear();
   for (int64_t s = strip_count(conv) * filter_range / tasks.filter_ranges;
@@ -127,7 +134,7 @@ void conv_task(const Conv& shared, const PixelOrder& order, const ConvTasks& tas
   alignas(64) float sums[kTilePixels][kTileVectors * kLanes + kLanes];  // joins read one vector too far
   float* out[kTilePixels];
   Tile tile = {};
-  tile.runs = runs.data(), tile.places = places.data(), tile.out = out, tile.activation = conv.activation;
+  tile.places = places.data(), tile.out = out, tile.activation = conv.activation;
   tile.block = conv.taps() * conv.group_channels() * kBlock;
 
   const auto compute = [&](int64_t number, const Strip& strip) {
@@ -151,11 +158,17 @@ void conv_task(const Conv& shared, const PixelOrder& order, const ConvTasks& tas
     }
   };
   const auto prepare = [&](int64_t number) {
-    const int pixels = static_cast<int>(tiles[number + 1].first - tiles[number].first);
-    const Spot* spot = spots.data() + tiles[number].first;
-    tile.length = conv.group_channels() * (tiles[number].inside ? conv.row_taps() : 1);
-    tile.count = tiles[number].inside ? runs_inside(conv, spot, pixels, runs.data(), places.data())
-                                      : runs_at_border(conv, spot, pixels, runs.data(), places.data());
+    const auto [first, inside] = tiles[number];
+    const int pixels = static_cast<int>(tiles[number + 1].first - first);
+    const Run* start = starts.data() + first;
+    tile.length = conv.group_channels() * (inside ? conv.row_taps() : 1), tile.runs = runs.data();
+    if (inside && conv.taps() == 1) {
+      tile.runs = start, tile.count = 1, places[0].weights = 0;
+    } else if (inside) {
+      tile.count = runs_inside(conv, start, pixels, runs.data(), places.data());
+    } else {
+      tile.count = runs_at_border(conv, start, spots.data() + first, pixels, runs.data(), places.data());
+    }
   };
   const int64_t count = static_cast<int64_t>(tiles.size()) - 1;
   const int64_t weights =
