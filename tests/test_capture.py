@@ -273,6 +273,15 @@ def test_a_buffer_that_forward_writes_is_refused():
     assert model.calls == 0
 
 
+def test_a_model_made_in_inference_mode_is_refused():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    x = torch.randn(1, 3, 6, 6)
+    for function in (mfp.compact, lambda model, x: mfp.FilterPlan.from_model(model, 0.4, example_input=x)):
+        with pytest.raises(MfpError, match=r"0\.weight was made inside torch\.inference_mode\(\).*outside"):
+            function(model, x)
+
+
 def test_an_output_that_cannot_be_built_is_refused():
     class Mine:
         def __init__(self, x):

@@ -299,6 +299,7 @@ def too_long(*_: Any) -> None:
 
 def end_with_parent() -> None:
     """In a worker: whoever kills `make zoo`, by whatever signal, ends its processes too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
 
     def watch() -> None:
@@ -338,6 +339,11 @@ def as_row(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def stop(*_: Any) -> None:
+    print("\ninterrupted; with --json FILE the same command goes on from there", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGINT)  # the pool would wait for its networks
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="*", help="part of 'family: name', with * and ? as in file names")
@@ -354,6 +360,7 @@ def main() -> int:
     ]
     if not chosen:
         parser.error(f"no network is called {options.only!r}")
+    signal.signal(signal.SIGINT, stop)
     old = results.read(options.json)["rows"] if options.json and options.json.exists() else []
     rows = {key(row["family"], row["name"]): row for row in old if not row["failed"]}
     left, start = [name for name in chosen if name not in rows], time.perf_counter()

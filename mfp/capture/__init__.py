@@ -69,8 +69,14 @@ def capture(
 
     Raises:
         CaptureError: torch.export cannot follow the model (a decision on tensor values): names the line.
-        MfpError: the model's outputs cannot be built, or it writes its buffers.
+        MfpError: the model's outputs cannot be built, it writes its buffers, or was made in inference mode.
     """
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_inference():
+            raise MfpError(
+                f"{name} was made inside torch.inference_mode(), and only there can it be changed: make the model "
+                "outside of it, and load the state into it"
+            )
     marked = _marked_drops(model) if for_training else nullcontext()
     with plain_tensors(), eval_mode(model), torch.no_grad(), _quiet(), without_layouts(), marked:
         program, fixed = _export(model, arguments, free_sizes)
