@@ -169,7 +169,7 @@ def verdict(results: Results) -> list[str]:
                 f"  There the five average {five} %, filters drawn at random {drawn} %, "
                 f"pruning the highest norms {worst} %."
             )
-    return [*lines, ""]
+    return [*lines, *(scratch_sentence(results, rates) for rates in results.rates("scratch")), ""]
 
 
 def shares(results: Results) -> list[str]:
@@ -318,7 +318,7 @@ def scratch_section(results: Results) -> list[str]:
     text += made_on(row for key, row in results.cell.items() if key[0] == "scratch")
     lines = ["## Pruned from scratch", "", text, ""]
     lines += accuracy_table(results, "scratch", [name for name in SCRATCH if name in results.methods("scratch")])
-    return [*lines, *(scratch_sentence(results, rates) for rates in results.rates("scratch")), ""]
+    return lines
 
 
 def scratch_sentence(results: Results, rates: str) -> str:
@@ -328,12 +328,15 @@ def scratch_sentence(results: Results, rates: str) -> str:
     switched = results.values("scratch", rates, "mfp loss")
     seeds = [seed for seed in switched if all(seed in own for own in fixed.values())]
     if not seeds or not fixed:
-        return f"- Rate {rates}: not all of its runs are there."
+        return f"- Pruned from scratch, rate {rates}: not all of its runs are there."
     best = max(fixed, key=lambda name: mean(fixed[name][seed] for seed in seeds))
     ahead = spread((switched[seed] - fixed[best][seed] for seed in seeds), "+")
     average = spread((switched[seed] - mean(own[seed] for own in fixed.values()) for seed in seeds), "+")
-    return (f"- Rate {rates} (seeds: {len(seeds)}): switching by the loss is {ahead} points from always `{best}`, the "
-            f"best of the {len(fixed)} in hindsight, and {average} from their average.")  # fmt: skip
+    five = spread(mean(own[seed] for own in fixed.values()) for seed in seeds)
+    drawn, worst = (spread(results.values("scratch", rates, name).values()) for name in BASELINES)
+    return (f"- Pruned from scratch, rate {rates} (seeds: {len(seeds)}): switching by the loss is {ahead} points from "
+            f"always `{best}`, the best of the {len(fixed)} in hindsight, and {average} from their average.\n  "
+            f"There they average {five} %, random filters {drawn} %, pruning the highest norms {worst} %.")  # fmt: skip
 
 
 TITLES = {
