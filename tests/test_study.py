@@ -156,7 +156,12 @@ def test_the_page_is_made_from_the_rows(study, whole, tmp_path):
     )
     fixed = [results.values("scratch", "0.5", name)[0] for name in mfp.PAPER_CRITERIA]
     switched = results.values("scratch", "0.5", "mfp loss")[0]
-    (line,) = (line for line in text.splitlines() if line.startswith("- Rate 0.5 (seeds: 1): switching by the loss"))
+    start = "- Pruned from scratch, rate 0.5 (seeds: 1): switching by the loss"
+    (line,) = (line for line in text.splitlines() if line.startswith(start))
+    drawn, worst = (results.values("scratch", "0.5", name)[0] for name in ("random", "worst"))
+    assert (
+        f"average {sum(fixed) / 5:.1f} %, random filters {drawn:.1f} %, pruning the highest norms {worst:.1f} %" in text
+    )
     assert f"is {switched - max(fixed):+.1f} points" in line and f"{switched - sum(fixed) / 5:+.1f} from" in line
     plots = {path.name: path.read_bytes() for path in (whole / "page").iterdir()}
     assert set(plots) == {"once.svg", "finetune.svg", "scratch.svg", "allocation.svg"} and all(
