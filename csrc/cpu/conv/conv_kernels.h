@@ -48,7 +48,9 @@ inline bool is_pointwise(const Conv& conv) {
 
 // The pixels of a range of tiles.
 void find_spots(const Conv& conv, const PixelOrder& order, int64_t first_tile, int64_t last_tile, Spots& found) {
-  auto& [starts, spots, tiles] = found;
+  std::vector<Run>& starts = found.starts;
+  std::vector<Spot>& spots = found.spots;
+  std::vector<TileStart>& tiles = found.tiles;
   starts.clear(), spots.clear(), tiles.clear();
   if (is_pointwise(conv)) {  // without the divisions of the walk, which take as long as the sums of few channels
     const int64_t first = conv.pixels() * first_tile / order.tiles();
@@ -120,7 +122,9 @@ void conv_task(const Conv& shared, const PixelOrder& order, const ConvTasks& tas
   static thread_local Spots found;
   find_spots(conv, order, order.tiles() * tile_range / tasks.tile_ranges,
              order.tiles() * (tile_range + 1) / tasks.tile_ranges, found);
-  const auto& [starts, spots, tiles] = found;
+  const std::vector<Run>& starts = found.starts;
+  const std::vector<Spot>& spots = found.spots;
+  const std::vector<TileStart>& tiles = found.tiles;
   static thread_local std::vector<Strip> strips;
   strips.clear();
   for (int64_t s = strip_count(conv) * filter_range / tasks.filter_ranges;
