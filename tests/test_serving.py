@@ -122,9 +122,9 @@ def test_winograd_where_it_is_faster_and_not_switched_off(monkeypatch):
         conv(large)
         monkeypatch.delenv("MFP_WINOGRAD")
         strided, dilated = ServingConv2d(24, 24, 3, 2, 1), ServingConv2d(24, 24, 3, dilation=2)
-        for other in (strided, dilated, ServingConv2d(7, 24, 3), ServingConv2d(8, 24, 3)):
+        for other in (strided, dilated, ServingConv2d(7, 24, 3), ServingConv2d(8, 24, 3), ServingConv2d(16, 16, 3)):
             other.eval()(large[:, : other.in_channels])
-    assert called == [True, False, True, False, False, False, False, True]
+    assert called == [True, False, True, False, False, False, False, True, True]
 
 
 @pytest.mark.parametrize("pool", [lambda x: F.adaptive_avg_pool2d(x, 1), lambda x: x.mean((-2, 3), keepdim=True)])

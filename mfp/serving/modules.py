@@ -129,6 +129,8 @@ class ServingConv2d(PackedOnce, nn.Conv2d):
 
     def has_narrow_groups(self) -> bool:
         """Whether the kernel for narrow groups is there for this conv and the fastest."""
+        if self.groups == 1:
+            return False
         if self.is_depthwise():
             return True
         square = self.in_channels == self.out_channels >= CONV_BLOCK

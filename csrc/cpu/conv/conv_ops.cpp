@@ -48,7 +48,7 @@ Conv describe(const char* op, const at::Tensor& input, const at::Tensor& weights
   return conv;
 }
 
-// The same where all channels meet in each filter.
+// The same where all channels of a group meet in each filter of it.
 Conv describe_full(const char* op, const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias,
                    int64_t filters, Sizes stride, Sizes padding, Sizes dilation, bool winograd, int64_t groups) {
   TORCH_CHECK(groups > 0 && input.dim() == 4 && weights.dim() == 5 && weights.size(4) == kBlock &&

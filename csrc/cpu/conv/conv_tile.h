@@ -54,7 +54,8 @@ inline HalfWide lower_half(Vec v) {
   return half;
 }
 
-// kHalf: half a vector more, or alone, for filters that do not fill another one.
+// kHalf: half a vector more, for filters that do not fill another one; alone for 8 filters, which takes 0.6 of the time
+// of a vector that is half used (Zen 4, 1x1 convs).
 template <int kPixels, int kVectors, bool kHalf>
 void sum_tile(const Tile& tile) {
   Vec sums[kPixels][kVectors];
@@ -81,7 +82,7 @@ void sum_tile(const Tile& tile) {
       if constexpr (kHalf) half = load_half(weights + kVectors * tile.block);
 #pragma GCC unroll 8
       for (int p = 0; p < kPixels; ++p) {
-        if constexpr (kVectors == 0) {
+        if constexpr (kVectors == 0) {  // broadcast to half a vector, within the multiplication
           halves[p] += (run[p][c] - HalfWide{}) * half;
           continue;
         }
@@ -126,7 +127,8 @@ template <int... kPixels>
 SumTile sum_tile_of(int pixels, int vectors, bool half, std::integer_sequence<int, kPixels...>) {
   static constexpr int k2 = std::min(2, kTileVectors), k3 = std::min(3, kTileVectors), k4 = std::min(4, kTileVectors);
   static constexpr bool kHalf = kLanes == kBlock;
-  static constexpr SumTile table[][5][2] = {{{nullptr, sum_tile < kPixels + 1, kHalf ? 0 : 1, kHalf > },
+  static constexpr int k0 = kHalf ? 0 : 1;  // with a half only
+  static constexpr SumTile table[][5][2] = {{{nullptr, sum_tile<kPixels + 1, k0, kHalf>},
                                              {sum_tile<kPixels + 1, 1, false>, sum_tile<kPixels + 1, 1, kHalf>},
                                              {sum_tile<kPixels + 1, k2, false>, sum_tile<kPixels + 1, k2, kHalf>},
                                              {sum_tile<kPixels + 1, k3, false>, sum_tile<kPixels + 1, k3, false>},

@@ -1,5 +1,5 @@
-// A 2d convolution whose groups are narrower than a vector, of one channel and filter most often, channels innermost,
-// then an activation; compiled once per instruction set (vector.h). Each output is summed in one order, whatever the
+// A 2d convolution of narrow groups, most often of one channel and filter (depthwise), channels innermost, then an
+// activation; compiled once per instruction set (vector.h). Each output is summed in one order, whatever the
 // batch and the number of threads.
 #include "cpu/conv/conv_tile.h"
 
