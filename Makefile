@@ -11,7 +11,7 @@ OLDEST_PYTHON ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12.*
 	$$python -c "" 2>/dev/null && echo $$python && break; done)
 OLDEST_TORCH := torch==2.11.0 torchvision==0.26.0 "numpy<2.4"
 OLDEST_TESTS := pytest pytest-benchmark pytest-xdist hypothesis scipy timm transformers
-CORE := ops versions scores mask optim scatter serving serving_norm_excite conv pointwise_depthwise norm_excite plan \
+CORE := ops versions scores mask optim scatter serving serving_norm_excite conv conv_groups pointwise_depthwise norm_excite plan \
 	pruner allocation files export compact compact_* cuda_logic compile_cuda triton_logic triton_compile
 
 # One worker a core; whoever has nothing left to do takes over tests from another.

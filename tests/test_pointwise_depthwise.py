@@ -146,6 +146,16 @@ def test_not_where_something_else_reads_what_is_between():
     assert not any(isinstance(module, ServingPointwiseDepthwise2d) for module in serving.modules())
 
 
+def test_a_depthwise_conv_behind_another_one():
+    torch.manual_seed(0)
+    depthwise = [nn.Conv2d(16, 16, 3, padding=1, groups=16) for _ in range(2)]
+    model, x = nn.Sequential(nn.Conv2d(6, 16, 1), *depthwise).eval(), torch.randn(2, 6, 18, 15)
+    serving = serving_of(model)
+    assert sum(isinstance(module, ServingPointwiseDepthwise2d) for module in serving.modules()) == 1
+    with torch.inference_mode():
+        assert difference(serving(x), model(x)) < 1e-5
+
+
 @pytest.mark.parametrize("change", ["weight", "bias"])
 @pytest.mark.parametrize("layer", ["pointwise", "depthwise"])
 def test_packed_weights_follow_their_parameters(layer, change):

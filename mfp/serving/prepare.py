@@ -283,7 +283,7 @@ def fuse_depthwise_convs(small: fx.GraphModule) -> None:
     calls = Counter(node.target for node in small.graph.nodes if node.op == "call_module")
 
     def conv_of(node: Any) -> ServingConv2d | None:
-        found = modules[node.target] if isinstance(node, fx.Node) and node.op == "call_module" else None
+        found = modules.get(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else None
         plain = type(found) is ServingConv2d and not isinstance(found.padding, str) and calls[node.target] == 1
         return found if plain else None
 
