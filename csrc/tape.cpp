@@ -2,17 +2,30 @@
 //
 // Python records it (mfp/serving/network.py): every operator that a network has called is added with its arguments.
 // What an earlier call of the list, or the network's input, has made is remembered as a slot, all else (weights, sizes,
-// flags) as it is. A slot is emptied after its last use, so that its memory serves the next result.
+// flags) as it is.
+//
+// The first run calls the operators, and lays out the memory: all results but the network's own get addresses that stay
+// (arena.h). Our operators' calls on such memory are written down as phases (cpu/tasks.h). Later runs do the phases,
+// those of one call after the other by one team of threads, with nothing done between them; torch's operators, and
+// those that read the network's input or make its results, are called as before.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
+#include <ATen/ops/empty.h>
+
 #include <atomic>
 #include <chrono>
 #include <memory>
+#include <mutex>
 #include <unordered_map>
+#include <unordered_set>
+#include <utility>
+#include <vector>
 
-#include "memory_pool.h"
+#include "arena.h"
+#include "cpu/isa.h"
+#include "cpu/tasks.h"
 
 namespace py = pybind11;
 
@@ -21,16 +34,62 @@ namespace {
 
 constexpr int kConstant = -1, kList = -2;
 
-// What the tapes of one network share: the memory of their results, kept for the tape that ran last.
-struct Memory {
-  Memory() { PoolAllocator::install(); }
-  std::shared_ptr<Pool> pool = std::make_shared<Pool>();
-  std::atomic<const void*> user = nullptr;
+// A call of a tape that was run before.
+struct Step {
+  size_t first_phase, last_phase;
+  bool calls;  // the operator, instead of the phases
 };
 
-struct UsePool {
-  explicit UsePool(Pool* pool) { current_pool() = pool; }
-  ~UsePool() { current_pool() = nullptr; }
+// A tape that was run before: its steps, and all of its memory.
+struct Prepared {
+  int64_t tape;
+  int threads;
+  cpu::Isa isa;
+  std::shared_ptr<Arena> arena = std::make_shared<Arena>();
+  std::vector<Step> steps;
+  std::vector<cpu::Phase> phases;
+  std::vector<c10::IValue> slots;  // of those whose addresses stay; the others are empty between two runs
+};
+
+// What the tapes of one network share: the memory of the tape that ran last, once for each thread that ran it at a
+// time.
+class Memory {
+ public:
+  Memory() { ArenaAllocator::install(); }
+
+  // What was prepared for runs like that, for this thread alone, or null.
+  std::unique_ptr<Prepared> take(int64_t tape, int threads, cpu::Isa isa) {
+    std::vector<std::unique_ptr<Prepared>> others;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    while (!free_.empty()) {
+      std::unique_ptr<Prepared> last = std::move(free_.back());
+      free_.pop_back();
+      if (last->tape == tape && last->threads == threads && last->isa == isa) return last;
+      others.push_back(std::move(last));
+    }
+    return nullptr;
+  }
+
+  void give_back(std::unique_ptr<Prepared> prepared) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(std::move(prepared));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Prepared>> free_;
+};
+
+// Operators that this thread calls get their memory from an arena and write down their phases, each where it is given.
+class Watch {
+ public:
+  Watch(Arena* arena, cpu::Notes* notes)
+      : arena_(std::exchange(current_arena(), arena)), notes_(std::exchange(cpu::notes(), notes)) {}
+  ~Watch() { current_arena() = arena_, cpu::notes() = notes_; }
+
+ private:
+  Arena* arena_;
+  cpu::Notes* notes_;
 };
 
 class Tape {
@@ -56,19 +115,15 @@ class Tape {
   void finish(const std::vector<at::Tensor>& results) {
     std::vector<bool> used(slots_);
     for (const at::Tensor& result : results) results_.push_back(tensor_of(result));
-    for (const Argument& result : results_) {
-      if (result.slot >= 0) used[result.slot] = true;
-    }
+    for_slots(results_, [&](int slot) { used[slot] = true; });
     for (size_t i = calls_.size(); i-- > 0;) {
       const auto last_use = [&](int slot) {
-        if (slot >= 0 && !used[slot]) calls_[i].empty_after.push_back(slot), used[slot] = true;
+        if (!used[slot]) calls_[i].empty_after.push_back(slot), used[slot] = true;
       };
-      for (const Argument& argument : calls_[i].arguments) {
-        last_use(argument.slot);
-        for (const Argument& part : argument.parts) last_use(part.slot);
-      }
+      for_slots(calls_[i].arguments, last_use);
       for (int slot : calls_[i].results) last_use(slot);
     }
+    find_passing();
     recorded_.clear(), places_.clear();
   }
 
@@ -76,26 +131,19 @@ class Tape {
   std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs, std::vector<double>* seconds) const {
     TORCH_CHECK(inputs.size() == inputs_, "a tape of ", inputs_, " inputs was given ", inputs.size());
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    if (memory_->user.exchange(this) != this) memory_->pool->clear();
-    const UsePool use(memory_->pool.get());
-    std::vector<c10::IValue> slots(slots_);
-    std::copy(inputs.begin(), inputs.end(), slots.begin());
-    torch::jit::Stack stack;
-    auto before = std::chrono::steady_clock::now();
-    for (const Call& call : calls_) {
-      stack.clear();
-      for (const Argument& argument : call.arguments) stack.push_back(value_of(argument, slots));
-      call.op.callBoxed(stack);
-      store(call, stack, slots);
-      for (int slot : call.empty_after) slots[slot] = c10::IValue();
-      if (seconds != nullptr) {
-        const auto now = std::chrono::steady_clock::now();
-        seconds->push_back(std::chrono::duration<double>(now - before).count());
-        before = now;
-      }
-    }
+    if (!plain_) return run_calls(inputs, nullptr, seconds);
+    const int threads = at::get_num_threads();
+    const cpu::Isa isa = cpu::current_isa();
     std::vector<at::Tensor> results;
-    for (const Argument& result : results_) results.push_back(value_of(result, slots).toTensor());
+    std::unique_ptr<Prepared> prepared = memory_->take(number_, threads, isa);
+    if (prepared) {
+      results = run_steps(inputs, *prepared, seconds);
+    } else {
+      prepared = std::make_unique<Prepared>();
+      prepared->tape = number_, prepared->threads = threads, prepared->isa = isa;
+      results = run_calls(inputs, prepared.get(), seconds);
+    }
+    memory_->give_back(std::move(prepared));
     return results;
   }
 
@@ -109,6 +157,105 @@ class Tape {
     c10::OperatorHandle op;
     std::vector<Argument> arguments;
     std::vector<int> results, empty_after;
+    bool passes = false;        // reads or makes what is passed in or out, or reads numbers that decide where others go
+    bool makes_passed = false;  // makes some of it
+    bool views = false;         // other views of its arguments, and nothing else
+  };
+
+  // Calls all operators. Where there is something to prepare, also writes down what the next run needs.
+  std::vector<at::Tensor> run_calls(const std::vector<at::Tensor>& inputs, Prepared* made,
+                                    std::vector<double>* seconds) const {
+    std::vector<c10::IValue> slots(inputs.begin(), inputs.end());
+    slots.resize(slots_);
+    if (made) made->slots.resize(slots_);
+    torch::jit::Stack stack;
+    Clock clock(seconds);
+    for (const Call& call : calls_) {
+      cpu::Notes noted;
+      {
+        if (made) made->arena->begin_call();
+        const Watch watch(made && !call.makes_passed ? made->arena.get() : nullptr, made ? &noted : nullptr);
+        make(call, slots, stack);
+      }
+      for_results(call, stack, [&](int slot, const at::Tensor& result) {
+        slots[slot] = result;
+        if (made && !passed_[slot]) made->slots[slot] = at_its_place(result);
+      });
+      stack.clear();
+      for (int slot : call.empty_after) slots[slot] = c10::IValue();
+      if (made) {
+        const bool repeats = !call.passes && noted.complete && (call.views || !noted.phases.empty());
+        const size_t first = made->phases.size();
+        if (repeats) std::move(noted.phases.begin(), noted.phases.end(), std::back_inserter(made->phases));
+        made->steps.push_back({first, made->phases.size(), !repeats});
+        made->arena->end_call();
+      }
+      clock.tick();
+    }
+    return results_of(slots);
+  }
+
+  std::vector<at::Tensor> run_steps(const std::vector<at::Tensor>& inputs, Prepared& prepared,
+                                    std::vector<double>* seconds) const {
+    std::vector<c10::IValue>& slots = prepared.slots;
+    std::copy(inputs.begin(), inputs.end(), slots.begin());
+    torch::jit::Stack stack;
+    Clock clock(seconds);
+    for (size_t i = 0; i < calls_.size();) {
+      const Step& step = prepared.steps[i];
+      if (step.calls) {
+        call_again(i, prepared, stack);
+        ++i;
+      } else {
+        size_t last_phase = step.last_phase;
+        for (++i; i < calls_.size() && !prepared.steps[i].calls && seconds == nullptr; ++i) {
+          last_phase = prepared.steps[i].last_phase;
+        }
+        cpu::run_phases(&prepared.phases[step.first_phase], &prepared.phases[last_phase], prepared.threads);
+      }
+      clock.tick();
+    }
+    std::vector<at::Tensor> results = results_of(slots);
+    for (int i = 0; i < slots_; ++i) {
+      if (passed_[i]) slots[i] = c10::IValue();
+    }
+    return results;
+  }
+
+  void call_again(size_t i, Prepared& prepared, torch::jit::Stack& stack) const {
+    const Call& call = calls_[i];
+    prepared.arena->repeat_call(i);
+    const Watch watch(call.makes_passed ? nullptr : prepared.arena.get(), nullptr);
+    make(call, prepared.slots, stack);
+    for_results(call, stack, [&](int slot, const at::Tensor& result) {
+      if (passed_[slot]) {
+        prepared.slots[slot] = result;
+      } else if (const at::Tensor& place = prepared.slots[slot].toTensor(); place.data_ptr() != result.data_ptr()) {
+        place.copy_(result);
+      }
+    });
+    stack.clear();
+    for (int slot : call.empty_after) {
+      if (passed_[slot]) prepared.slots[slot] = c10::IValue();
+    }
+  }
+
+  static int64_t next_number() {
+    static std::atomic<int64_t> next = 0;
+    return next++;
+  }
+
+  // How long each call takes, where that is asked.
+  struct Clock {
+    std::vector<double>* seconds;
+    std::chrono::steady_clock::time_point before = std::chrono::steady_clock::now();
+    explicit Clock(std::vector<double>* seconds) : seconds(seconds) {}
+    void tick() {
+      if (seconds == nullptr) return;
+      const auto now = std::chrono::steady_clock::now();
+      seconds->push_back(std::chrono::duration<double>(now - before).count());
+      before = now;
+    }
   };
 
   int add_slot(const at::Tensor& tensor) {
@@ -141,14 +288,77 @@ class Tape {
     return list;
   }
 
-  static void store(const Call& call, torch::jit::Stack& stack, std::vector<c10::IValue>& slots) {
+  static void make(const Call& call, const std::vector<c10::IValue>& slots, torch::jit::Stack& stack) {
+    for (const Argument& argument : call.arguments) stack.push_back(value_of(argument, slots));
+    call.op.callBoxed(stack);
+  }
+
+  template <class Use>
+  static void for_results(const Call& call, const torch::jit::Stack& stack, Use use) {
     size_t next = 0;
-    for (c10::IValue& value : stack) {
+    for (const c10::IValue& value : stack) {
       if (value.isTensor()) {
-        if (value.toTensor().defined()) slots[call.results.at(next++)] = std::move(value);
+        if (value.toTensor().defined()) use(call.results.at(next++), value.toTensor());
       } else if (value.isTensorList()) {
-        for (const c10::IValue& part : value.toListRef()) slots[call.results.at(next++)] = part;
+        for (const c10::IValue& part : value.toListRef()) use(call.results.at(next++), part.toTensor());
       }
+    }
+  }
+
+  std::vector<at::Tensor> results_of(const std::vector<c10::IValue>& slots) const {
+    std::vector<at::Tensor> results;
+    for (const Argument& result : results_) results.push_back(value_of(result, slots).toTensor());
+    return results;
+  }
+
+  // The tensor without a hold on its memory if that is an arena's, which may use it for others at other times.
+  static at::Tensor at_its_place(const at::Tensor& tensor) {
+    const c10::Storage& storage = tensor.storage();
+    if (!Arena::made(storage.data_ptr())) return tensor;
+    const c10::Storage borrowed(c10::Storage::use_byte_size_t(), storage.nbytes(),
+                                at::DataPtr(storage.mutable_data(), storage.device()));
+    return at::empty({0}, tensor.options()).set_(borrowed, tensor.storage_offset(), tensor.sizes(), tensor.strides());
+  }
+
+  template <class Use>
+  static void for_slots(const std::vector<Argument>& arguments, Use use) {
+    for (const Argument& argument : arguments) {
+      if (argument.slot >= 0) use(argument.slot);
+      for (const Argument& part : argument.parts) {
+        if (part.slot >= 0) use(part.slot);
+      }
+    }
+  }
+
+  // Which slots lie in memory that the network is given or returns, and what that means for the calls.
+  void find_passing() {
+    const auto storage = [&](int slot) { return recorded_[slot].storage().unsafeGetStorageImpl(); };
+    for (const at::Tensor& tensor : recorded_) {
+      plain_ = plain_ && tensor.layout() == at::kStrided && tensor.is_cpu() && tensor.has_storage() &&
+               !tensor.is_quantized() && !tensor.is_conj() && !tensor.is_neg();
+    }
+    if (!plain_) return;
+    std::unordered_set<const void*> passed;
+    for (size_t i = 0; i < inputs_; ++i) passed.insert(storage(static_cast<int>(i)));
+    for_slots(results_, [&](int slot) { passed.insert(storage(slot)); });
+    for (size_t before = 0; before != passed.size();) {  // a call that makes some of it gets none of our memory
+      before = passed.size();
+      for (Call& call : calls_) {
+        for (int slot : call.results) call.makes_passed = call.makes_passed || passed.count(storage(slot)) > 0;
+        if (!call.makes_passed) continue;
+        for (int slot : call.results) passed.insert(storage(slot));
+      }
+    }
+    for (int slot = 0; slot < slots_; ++slot) passed_.push_back(passed.count(storage(slot)) > 0);
+    for (Call& call : calls_) {
+      std::unordered_set<const void*> read;
+      call.passes = call.makes_passed;
+      for_slots(call.arguments, [&](int slot) {
+        call.passes = call.passes || passed_[slot] || !recorded_[slot].is_floating_point();
+        read.insert(storage(slot));
+      });
+      call.views = !call.op.schema().is_mutable() && !call.results.empty();
+      for (int slot : call.results) call.views = call.views && read.count(storage(slot)) > 0;
     }
   }
 
@@ -159,6 +369,9 @@ class Tape {
   std::vector<Argument> results_;
   std::vector<at::Tensor> recorded_;
   std::unordered_map<const c10::TensorImpl*, int> places_;
+  std::vector<bool> passed_;  // per slot: in memory that the network is given or returns
+  bool plain_ = true;         // nothing but plain tensors on the CPU
+  const int64_t number_ = next_number();
 };
 
 }  // namespace

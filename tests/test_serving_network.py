@@ -158,6 +158,7 @@ def test_many_threads_and_sizes_at_once():
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(call, range(6 * len(given))))
+        assert all(pool.map(call, 60 * [5]))
     assert len(serving_network._tapes[serving].replays.all()) == 8  # sizes of inputs, those used last
 
 
@@ -235,6 +236,78 @@ def test_an_operator_whose_result_decides_is_not_replayed():
     with torch.no_grad():
         for seed in range(4):
             assert torch.equal(serving(images(seed=seed)), serving.forward(images(seed=seed)))
+
+
+class Passes(nn.Module):
+    """Returns its input, a view of it, what lies in the middle and is added to afterwards, and the end."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        start = F.relu(self.first(x))
+        middle = start + self.second(start)
+        return x, x.flatten(1), middle, middle.mean((2, 3)), self.third(F.max_pool2d(middle, 2)) + 1
+
+
+def test_what_is_passed_in_and_out_is_no_memory_of_the_network():
+    serving = mfp.compact(Passes().eval(), images(channels=16), fold_bn=True)
+    given = [images(channels=16, seed=seed) for seed in range(7)]
+    with torch.inference_mode():
+        expected = [serving.forward(x) for x in given]
+        results = [serving(x) for x in given]
+    assert tapes(serving) == 1
+    for x, result, right in zip(given, results, expected, strict=True):
+        assert result[0] is x and result[1].data_ptr() == x.data_ptr()
+        assert all(map(torch.equal, result, right))
+    addresses = {part.data_ptr() for result in results for part in result[2:]}
+    assert len(addresses) == 3 * len(results)
+
+
+def test_other_threads_and_instruction_sets_between_two_calls(monkeypatch):
+    serving = mfp.compact(Mixed().eval(), images(), fold_bn=True)
+    threads = torch.get_num_threads()
+    try:
+        with torch.inference_mode():
+            for isa in ("", "portable", ""):
+                monkeypatch.setenv("MFP_CPU_ISA", isa)
+                expected = serving.forward(images())["maps"][0]
+                for count in (1, 3, 2, 3):
+                    torch.set_num_threads(count)
+                    for _ in range(3):
+                        assert torch.equal(serving(images())["maps"][0], expected)
+    finally:
+        torch.set_num_threads(threads)
+    assert tapes(serving) == 1
+
+
+def test_an_operator_that_asks_for_other_memory_than_before():
+    """Its result is put where it was in the first run."""
+    from mfp import _C
+
+    with torch.library._scoped_library("mfp_test", "DEF") as library:
+        library.define("moody(Tensor x) -> Tensor")
+        kept = []
+
+        def moody(x):
+            kept.extend([torch.empty(len(kept) + 1), torch.empty_like(x)])
+            return kept[-1].copy_(x + 1)
+
+        library.impl("moody", moody, "CPU")
+        x = torch.arange(4.0)
+        start = x * 2
+        middle = torch.ops.mfp_test.moody(start)
+        tape = _C.Tape(_C.Memory(), [x])
+        tape.add("aten::mul", "Tensor", (x, torch.tensor(2.0)), {}, [start])
+        tape.add("mfp_test::moody", "", (start,), {}, [middle])
+        tape.add("aten::mul", "Tensor", (middle, torch.tensor(3.0)), {}, [end := middle * 3])
+        tape.finish([end])
+        for i in range(4):
+            (result,) = tape.run([x + i])
+            assert result.tolist() == [3 * (2 * (n + i) + 1) for n in range(4)]
+        assert len(tape.seconds([x])) == 3
 
 
 def test_wrong_numbers_of_inputs():

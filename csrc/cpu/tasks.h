@@ -2,9 +2,15 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <omp.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
 #include <vector>
 
 namespace mfp::cpu {
@@ -14,20 +20,95 @@ struct alignas(64) Stretch {
   int64_t end;
 };
 
-// Calls task(number) for all numbers below count. Each thread does its own stretch of them, whose data the layer before
-// has left in its caches, and then what is left of the others'. Results do not depend on who computes.
-template <class Task>
-void run_tasks(int64_t count, int threads, Task task) {
-  std::vector<Stretch> stretches(threads);
-  for (int i = 0; i < threads; ++i) {
-    stretches[i].next = count * i / threads, stretches[i].end = count * (i + 1) / threads;
-  }
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end + threads - 1; ++i) {
-      Stretch& stretch = stretches[i % threads];
-      for (int64_t number; (number = stretch.next++) < stretch.end;) task(number);
+// Tasks that may be done at the same time: each thread does its own stretch of them, whose data the layer before has
+// left in its caches, and then what is left of the others'. Results do not depend on who computes.
+class Stretches {
+ public:
+  Stretches(int64_t count, int threads) : count_(count), threads_(threads), parts_(new Stretch[threads]) { restart(); }
+
+  void restart() {
+    for (int i = 0; i < threads_; ++i) {
+      parts_[i].next = count_ * i / threads_, parts_[i].end = count_ * (i + 1) / threads_;
     }
+  }
+
+  // The share of one thread.
+  template <class Task>
+  void run(int thread, const Task& task) {
+    for (int i = thread; i < thread + threads_; ++i) {
+      Stretch& part = parts_[i % threads_];
+      for (int64_t number; (number = part.next++) < part.end;) task(number);
+    }
+  }
+
+ private:
+  int64_t count_;
+  int threads_;
+  std::unique_ptr<Stretch[]> parts_;
+};
+
+// One call of run_phase, which can be done again where the memory that it is about is still there.
+struct Phase {
+  Stretches stretches;
+  std::function<void(int64_t)> task;
+};
+
+// What a call of an operator consists of: its phases, unless it did something beside them.
+struct Notes {
+  std::vector<Phase> phases;
+  bool complete = true;
+};
+
+// Where the operators that this thread calls write that down, or null (csrc/tape.cpp).
+inline Notes*& notes() {
+  static thread_local Notes* current = nullptr;
+  return current;
+}
+
+// Calls task(number) for all numbers below count.
+template <class Task>
+void run_tasks(int64_t count, int threads, const Task& task) {
+  threads = static_cast<int>(std::min<int64_t>(threads, count));
+  if (threads <= 1) {
+    for (int64_t number = 0; number < count; ++number) task(number);
+    return;
+  }
+  Stretches stretches(count, threads);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) stretches.run(static_cast<int>(thread), task);
   });
+}
+
+// The same, written down where that is asked: the task owns what it is about, but for tensors' memory.
+template <class Task>
+void run_phase(int64_t count, const Task& task) {
+  const int threads = at::get_num_threads();
+  if (Notes* noted = notes()) noted->phases.push_back({Stretches(count, threads), task});
+  run_tasks(count, threads, task);
+}
+
+// The phases one after the other, by one team of as many threads as there were when they were written down.
+inline void run_phases(Phase* first, Phase* last, int threads) {
+  if (first == last) return;
+  for (Phase* phase = first; phase != last; ++phase) phase->stretches.restart();
+  std::exception_ptr failure;
+#pragma omp parallel num_threads(threads)
+  for (Phase* phase = first; phase != last; ++phase) {
+    try {
+      phase->stretches.run(omp_get_thread_num(), phase->task);
+    } catch (...) {
+#pragma omp critical
+      failure = std::current_exception();
+    }
+#pragma omp barrier
+  }
+  if (failure) std::rethrow_exception(failure);
+}
+
+// The tensor in that order, by default with channels innermost. Where it is not it is copied, here and not in a phase.
+inline at::Tensor in_order(const at::Tensor& tensor, at::MemoryFormat format = at::MemoryFormat::ChannelsLast) {
+  if (notes() != nullptr && !tensor.is_contiguous(format)) notes()->complete = false;
+  return tensor.contiguous(format);
 }
 
 }  // namespace mfp::cpu

@@ -1,9 +1,9 @@
 """The serving form as a module: its graph, read node by node at first, then replayed in one call.
 
 The first call with some sizes of the inputs runs the graph, the second one also writes every operator that is called
-on a tape (csrc/tape.cpp), and later ones replay the tape, with no Python between layers. What must not be replayed, or
-gains nothing by it, runs as the graph: gradients, compilation and export, other devices, hooks, layers of other people,
-operators whose result decides about what comes next.
+on a tape (csrc/tape.cpp), and later ones replay the tape, with nothing at all between most layers. What must not be
+replayed, or gains nothing by it, runs as the graph: gradients, compilation and export, other devices, hooks, layers of
+other people, operators whose result decides about what comes next.
 """
 
 from __future__ import annotations

@@ -14,15 +14,22 @@ static void check_excite(int64_t pixels, int64_t channels, int64_t hidden, bool 
   work.reduce_weight = data(reduce), work.reduce_bias = data(reduce_bias);
   work.expand_weight = data(expand), work.expand_bias = data(expand_bias);
   for (Isa isa : levels()) {
-    std::vector<float> output(data(images), data(images) + images.count), gates(channels), space(channels + hidden);
+    std::vector<float> output(data(images), data(images) + images.count), gates(channels);
+    std::vector<float> mean(channels), between(hidden);
     work.images = output.data();
     const auto sum = MFP_OF_ISA(isa, excite_sums);
+    const auto average = MFP_OF_ISA(isa, excite_means);
+    const auto hide = MFP_OF_ISA(isa, excite_hidden);
     const auto gate = MFP_OF_ISA(isa, excite_gates);
     const auto scale = MFP_OF_ISA(isa, excite_scale);
     for (int64_t image = 0; image < work.batch; ++image) {
       std::vector<float> sums(work.stretches() * channels);
       for (int64_t s = 0; s < work.stretches(); ++s) sum(work, image, s, sums.data() + s * channels);
-      gate(work, sums.data(), space.data(), gates.data());
+      average(work, sums.data(), mean.data());
+      for (int64_t h = 0; h < hidden; h += 3) hide(work, mean.data(), h, std::min(h + 3, hidden), between.data());
+      for (int64_t c = 0; c < channels; c += 24) {
+        gate(work, between.data(), c, std::min(c + 24, channels), gates.data());
+      }
       for (int64_t s = 0; s < work.stretches(); ++s) scale(work, image, s, gates.data());
       std::vector<double> means(channels), excited(hidden);
       for (int64_t i = 0; i < pixels * channels; ++i) {

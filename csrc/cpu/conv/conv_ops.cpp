@@ -6,7 +6,9 @@
 #include <ATen/ops/empty.h>
 
 #include <array>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/conv/conv.h"
@@ -70,21 +72,28 @@ Conv describe_full(const char* op, const at::Tensor& input, const at::Tensor& we
   return conv;
 }
 
-void run(Conv conv) {
+// What a task of a convolution reads beside tensors.
+struct Tables {
+  std::vector<float> zeros;
+  std::vector<uint16_t> landing;
+};
+
+void run(Conv conv, std::vector<uint16_t> landing = {}) {
   if (conv.pixels() == 0) return;
-  const std::vector<float> zeros(conv.channels);
-  conv.zeros = zeros.data();
+  const auto tables = std::make_shared<const Tables>(Tables{std::vector<float>(conv.channels), std::move(landing)});
+  conv.zeros = tables->zeros.data();
+  if (!tables->landing.empty()) conv.landing = tables->landing.data();
   const Isa isa = current_isa();
   const int threads = at::get_num_threads();
   if (conv.winograd) {
     const ConvTasks tasks = MFP_OF_ISA(isa, winograd_tasks)(conv, threads);
     const auto task = MFP_OF_ISA(isa, winograd_task);
-    return run_tasks(tasks.count(), threads, [&](int64_t number) { task(conv, tasks, number); });
+    return run_phase(tasks.count(), [=, kept = tables](int64_t number) { task(conv, tasks, number); });
   }
   const PixelOrder order(conv, tile_pixels(isa));
   const ConvTasks tasks = MFP_OF_ISA(isa, conv_tasks)(conv, order.tiles(), threads);
   const auto task = MFP_OF_ISA(isa, conv_task);
-  run_tasks(tasks.count(), threads, [&](int64_t number) { task(conv, order, tasks, number); });
+  run_phase(tasks.count(), [=, kept = tables](int64_t number) { task(conv, order, tasks, number); });
 }
 
 at::Tensor empty_output(const Conv& conv, const at::Tensor& input) {
@@ -96,7 +105,7 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weights, const at::
                   Sizes stride, Sizes padding, Sizes dilation, const std::string& activation, bool winograd,
                   int64_t groups) {
   Conv conv = describe_full("conv2d", input, weights, bias, filters, stride, padding, dilation, winograd, groups);
-  const at::Tensor rows = input.contiguous(at::MemoryFormat::ChannelsLast), output = empty_output(conv, input);
+  const at::Tensor rows = in_order(input), output = empty_output(conv, input);
   conv.input = rows.const_data_ptr<float>(), conv.output = output.mutable_data_ptr<float>();
   conv.activation = activation_of(activation);
   run(conv);
@@ -132,8 +141,7 @@ void run_grouped(const Conv& conv) {
   const auto compute = MFP_OF_ISA(current_isa(), grouped_rows);
   const int64_t out_rows = conv.batch * conv.out_size[0], threads = at::get_num_threads();
   const int64_t tasks = std::min(out_rows, std::max(4 * threads, out_rows / kGroupedRows));
-  run_tasks(tasks, threads,
-            [&](int64_t task) { compute(conv, out_rows * task / tasks, out_rows * (task + 1) / tasks); });
+  run_phase(tasks, [=](int64_t task) { compute(conv, out_rows * task / tasks, out_rows * (task + 1) / tasks); });
 }
 
 at::Tensor grouped_conv2d(const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, Sizes stride,
@@ -141,7 +149,7 @@ at::Tensor grouped_conv2d(const at::Tensor& input, const at::Tensor& weights, co
   const char* op = "grouped_conv2d";
   TORCH_CHECK(input.dim() == 4, op, ": input is ", input.sizes(), "; expected [B, C, H, W]");
   Conv conv = describe_grouped(op, input, input.size(1), weights, bias, stride, padding, dilation, activation);
-  const at::Tensor rows = input.contiguous(at::MemoryFormat::ChannelsLast), output = empty_output(conv, input);
+  const at::Tensor rows = in_order(input), output = empty_output(conv, input);
   conv.input = rows.const_data_ptr<float>(), conv.output = output.mutable_data_ptr<float>();
   run_grouped(conv);
   return output;
@@ -158,7 +166,7 @@ at::Tensor pointwise_depthwise_conv2d(const at::Tensor& input, const at::Tensor&
               "; expected a kernel of 1x1");
   TORCH_CHECK(weights.dim() != 4 || weights.size(2) == 1, op, ": weights ", weights.sizes(), "; expected groups of 1");
   Conv depthwise = describe_grouped(op, input, channels, weights, bias, stride, padding, dilation, activation);
-  const at::Tensor rows = input.contiguous(at::MemoryFormat::ChannelsLast), output = empty_output(depthwise, input);
+  const at::Tensor rows = in_order(input), output = empty_output(depthwise, input);
   if (output.numel() == 0) return output;
   pointwise.input = rows.const_data_ptr<float>();
   pointwise.activation = activation_of(pointwise_activation);
@@ -172,10 +180,10 @@ at::Tensor pointwise_depthwise_conv2d(const at::Tensor& input, const at::Tensor&
     run_grouped(depthwise);
     return output;
   }
-  const std::vector<float> zeros(pointwise.channels);
-  convs.pointwise.zeros = zeros.data();
+  const auto tables = std::make_shared<const Tables>(Tables{std::vector<float>(pointwise.channels), {}});
+  convs.pointwise.zeros = tables->zeros.data();
   const auto task = MFP_OF_ISA(current_isa(), pointwise_depthwise_task);
-  run_tasks(convs.tasks(), threads, [&](int64_t number) { task(convs, number); });
+  run_phase(convs.tasks(), [=, kept = tables](int64_t number) { task(convs, number); });
   return output;
 }
 
@@ -194,11 +202,10 @@ void conv2d_join_(const at::Tensor& residual, const at::Tensor& input, const at:
               residual.strides(), "; expected channels_last float32 [", conv.batch, ", C, ", conv.out_size[0], ", ",
               conv.out_size[1], "]");
   conv.residual_channels = residual.size(1), conv.index = index.const_data_ptr<int64_t>(), conv.relu = relu;
-  const std::vector<uint16_t> landing = landing_bits("conv2d_join_", index, conv.residual_channels);
-  const at::Tensor rows = input.contiguous(at::MemoryFormat::ChannelsLast);
-  conv.landing = landing.data();
+  std::vector<uint16_t> landing = landing_bits("conv2d_join_", index, conv.residual_channels);
+  const at::Tensor rows = in_order(input);
   conv.input = rows.const_data_ptr<float>(), conv.output = residual.mutable_data_ptr<float>();
-  run(conv);
+  run(conv, std::move(landing));
   if (!residual.is_inference()) residual.unsafeGetTensorImpl()->bump_version();
 }
 

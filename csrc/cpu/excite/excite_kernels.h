@@ -37,15 +37,17 @@ void excite_sums(const Excite& work, int64_t image, int64_t stretch, float* sums
   });
 }
 
-void excite_gates(const Excite& work, const float* sums, float* space, float* gates) {
-  float *means = space, *hidden = space + work.channels;
+void excite_means(const Excite& work, const float* sums, float* means) {
   const float share = 1.0f / static_cast<float>(work.pixels);
   by_vectors(work.channels, [&](int64_t c, auto count) {
     Vec sum = {};
     for (int64_t s = 0; s < work.stretches(); ++s) sum += load_some(sums + s * work.channels + c, count);
     store_some(means + c, sum * share, count);
   });
-  for (int64_t h = 0; h < work.hidden; ++h) {
+}
+
+void excite_hidden(const Excite& work, const float* means, int64_t first, int64_t last, float* hidden) {
+  for (int64_t h = first; h < last; ++h) {
     Vec sum = {};
     by_vectors(work.channels, [&](int64_t c, auto count) {
       sum += load_some(means + c, count) * load_some(work.reduce_weight + h * work.channels + c, count);
@@ -55,11 +57,15 @@ void excite_gates(const Excite& work, const float* sums, float* space, float* ga
     hidden[h] = total + work.reduce_bias[h];
   }
   const Vec low = broadcast(work.activation.low), high = broadcast(work.activation.high);
-  by_vectors(work.hidden, [&](int64_t h, auto count) {
-    store_some(hidden + h, clamp_to(load_some(hidden + h, count), low, high), count);
+  by_vectors(last - first, [&](int64_t h, auto count) {
+    store_some(hidden + first + h, clamp_to(load_some(hidden + first + h, count), low, high), count);
   });
-  if (work.activation.curve != Curve::none) bend(hidden, work.hidden, work.activation.curve);
-  by_vectors(work.channels, [&](int64_t c, auto count) {
+  if (work.activation.curve != Curve::none) bend(hidden + first, last - first, work.activation.curve);
+}
+
+void excite_gates(const Excite& work, const float* hidden, int64_t first, int64_t last, float* gates) {
+  by_vectors(last - first, [&](int64_t more, auto count) {
+    const int64_t c = first + more;
     Vec sum = load_some(work.expand_bias + c, count);
     for (int64_t h = 0; h < work.hidden; ++h) {
       sum += load_some(work.expand_weight + h * work.channels + c, count) * hidden[h];
@@ -89,7 +95,9 @@ MFP_END_ISA
 namespace mfp::cpu {
 namespace MFP_ISA {
 void excite_sums(const Excite&, int64_t, int64_t, float*) {}
-void excite_gates(const Excite&, const float*, float*, float*) {}
+void excite_means(const Excite&, const float*, float*) {}
+void excite_hidden(const Excite&, const float*, int64_t, int64_t, float*) {}
+void excite_gates(const Excite&, const float*, int64_t, int64_t, float*) {}
 void excite_scale(const Excite&, int64_t, int64_t, const float*) {}
 }  // namespace MFP_ISA
 }  // namespace mfp::cpu

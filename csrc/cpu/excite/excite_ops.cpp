@@ -2,6 +2,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -11,34 +12,52 @@
 namespace mfp::cpu {
 namespace {
 
+// The numbers on the way to the gates of some images.
+struct Space {
+  std::vector<float> sums, means, hidden, gates;
+  Space(const Excite& work, int64_t images)
+      : sums(images * work.stretches() * work.channels),
+        means(images * work.channels),
+        hidden(images * work.hidden),
+        gates(images * work.channels) {}
+};
+
 void run(const Excite& work) {
   const Isa isa = current_isa();
   const auto sum = MFP_OF_ISA(isa, excite_sums);
+  const auto mean = MFP_OF_ISA(isa, excite_means);
+  const auto hide = MFP_OF_ISA(isa, excite_hidden);
   const auto gate = MFP_OF_ISA(isa, excite_gates);
   const auto scale = MFP_OF_ISA(isa, excite_scale);
-  const int threads = at::get_num_threads();
-  const int64_t stretches = work.stretches(), room = stretches * work.channels + 2 * work.channels + work.hidden;
+  const int64_t stretches = work.stretches(), channels = work.channels, threads = at::get_num_threads();
   if (work.batch >= threads) {  // an image a task, which stays in that core's cache
-    return run_tasks(work.batch, threads, [&](int64_t image) {
-      std::vector<float> space(room);
-      float *gates = space.data() + stretches * work.channels, *more = gates + work.channels;
-      for (int64_t s = 0; s < stretches; ++s) sum(work, image, s, space.data() + s * work.channels);
-      gate(work, space.data(), more, gates);
-      for (int64_t s = 0; s < stretches; ++s) scale(work, image, s, gates);
+    return run_phase(work.batch, [=](int64_t image) {
+      Space space(work, 1);
+      for (int64_t s = 0; s < stretches; ++s) sum(work, image, s, space.sums.data() + s * channels);
+      mean(work, space.sums.data(), space.means.data());
+      hide(work, space.means.data(), 0, work.hidden, space.hidden.data());
+      gate(work, space.hidden.data(), 0, channels, space.gates.data());
+      for (int64_t s = 0; s < stretches; ++s) scale(work, image, s, space.gates.data());
     });
   }
-  std::vector<float> space(work.batch * room);
-  run_tasks(work.batch * stretches, threads, [&](int64_t task) {
-    const int64_t image = task / stretches, stretch = task % stretches;
-    sum(work, image, stretch, space.data() + image * room + stretch * work.channels);
+  const auto space = std::make_shared<Space>(work, work.batch);
+  run_phase(work.batch * stretches,
+            [=](int64_t task) { sum(work, task / stretches, task % stretches, space->sums.data() + task * channels); });
+  run_phase(work.batch, [=](int64_t image) {
+    mean(work, space->sums.data() + image * stretches * channels, space->means.data() + image * channels);
   });
-  for (int64_t image = 0; image < work.batch; ++image) {
-    float* gates = space.data() + image * room + stretches * work.channels;
-    gate(work, space.data() + image * room, gates + work.channels, gates);
-  }
-  run_tasks(work.batch * stretches, threads, [&](int64_t task) {
-    const int64_t image = task / stretches;
-    scale(work, image, task % stretches, space.data() + image * room + stretches * work.channels);
+  run_phase(work.batch * threads, [=](int64_t task) {
+    const int64_t image = task / threads, part = task % threads;
+    hide(work, space->means.data() + image * channels, work.hidden * part / threads, work.hidden * (part + 1) / threads,
+         space->hidden.data() + image * work.hidden);
+  });
+  run_phase(work.batch * threads, [=](int64_t task) {
+    const int64_t image = task / threads, part = task % threads;
+    gate(work, space->hidden.data() + image * work.hidden, channels * part / threads, channels * (part + 1) / threads,
+         space->gates.data() + image * channels);
+  });
+  run_phase(work.batch * stretches, [=](int64_t task) {
+    scale(work, task / stretches, task % stretches, space->gates.data() + task / stretches * channels);
   });
 }
 

@@ -1,16 +1,18 @@
 // scatter_add_ and join_channels on CPU tensors. The schemas are in mfp/schemas.py.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "cpu/join/landing.h"
 #include "cpu/join/scatter.h"
+#include "cpu/tasks.h"
 #include "dtype_of.h"
 
 namespace mfp::cpu {
@@ -42,28 +44,35 @@ Work describe(const at::Tensor& out, const at::Tensor& branch, const at::Tensor&
   return work;
 }
 
-void run(const Work& work, void* out, const void* residual, const void* branch, DType dtype) {
+// Calls work(begin, end) for stretches of the rows below count, a row of that many numbers each.
+template <class Rows>
+void by_rows(int64_t count, int64_t numbers, const Rows& work) {
+  const int64_t tasks = std::clamp<int64_t>(count * numbers / kGrain, 1, count);
+  run_phase(tasks, [=](int64_t task) { work(count * task / tasks, count * (task + 1) / tasks); });
+}
+
+void run(Work given, void* out, const void* residual, const void* branch, DType dtype) {
+  const auto kept = std::make_shared<const Work>(std::move(given));
   const Isa isa = current_isa();
-  if (work.last) {
+  if (kept->last) {
     const ScatterRows rows = {
-        out, residual, branch, dtype, work.landing.data(), work.channels, work.branch_channels, work.relu};
+        out, residual, branch, dtype, kept->landing.data(), kept->channels, kept->branch_channels, kept->relu};
     const auto run = MFP_OF_ISA(isa, scatter_rows);
-    at::parallel_for(0, work.outer, std::max<int64_t>(kGrain / work.channels, 1),
-                     [&](int64_t begin, int64_t end) { run(rows, begin, end); });
-    return;
+    return by_rows(kept->outer, kept->channels,
+                   [=, kept = kept](int64_t begin, int64_t end) { run(rows, begin, end); });
   }
   const auto run = MFP_OF_ISA(isa, scatter_plane);
-  const int64_t bytes = work.inner * (dtype == DType::float32 ? 4 : 2);
-  const auto at_byte = [](const void* p, int64_t place) { return p ? static_cast<const char*>(p) + place : nullptr; };
-  at::parallel_for(
-      0, work.outer * work.channels, std::max<int64_t>(kGrain / work.inner, 1), [&](int64_t begin, int64_t end) {
-        for (int64_t plane = begin; plane < end; ++plane) {
-          const int64_t batch = plane / work.channels, from = work.source[plane % work.channels];
-          const void* added = from < 0 ? nullptr : at_byte(branch, (batch * work.branch_channels + from) * bytes);
-          run({static_cast<char*>(out) + plane * bytes, at_byte(residual, plane * bytes), added, dtype, work.inner,
-               work.relu});
-        }
-      });
+  by_rows(kept->outer * kept->channels, kept->inner, [=](int64_t begin, int64_t end) {
+    const Work& work = *kept;
+    const int64_t bytes = work.inner * (dtype == DType::float32 ? 4 : 2);
+    const auto at_byte = [](const void* p, int64_t place) { return p ? static_cast<const char*>(p) + place : nullptr; };
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const int64_t batch = plane / work.channels, from = work.source[plane % work.channels];
+      const void* added = from < 0 ? nullptr : at_byte(branch, (batch * work.branch_channels + from) * bytes);
+      run({static_cast<char*>(out) + plane * bytes, at_byte(residual, plane * bytes), added, dtype, work.inner,
+           work.relu});
+    }
+  });
 }
 
 void check(const at::Tensor& residual, const at::Tensor& branch, const at::Tensor& index) {
@@ -96,11 +105,11 @@ void scatter_add_(const at::Tensor& residual, const at::Tensor& branch, const at
   TORCH_CHECK(residual.is_contiguous() || is_channels_last(residual), "join: residual has strides ", residual.strides(),
               "; expected contiguous or channels_last");
   if (residual.numel() == 0) return;
-  const Work work = describe(residual, branch, index.contiguous(), relu);
+  Work work = describe(residual, branch, index.contiguous(), relu);
   const at::Tensor source =
-      residual.is_contiguous() ? branch.contiguous() : branch.contiguous(channels_last(residual.dim()));
+      in_order(branch, residual.is_contiguous() ? at::MemoryFormat::Contiguous : channels_last(residual.dim()));
   void* const out = residual.mutable_data_ptr();
-  run(work, out, out, source.const_data_ptr(), dtype_of(residual));
+  run(std::move(work), out, out, source.const_data_ptr(), dtype_of(residual));
   if (!residual.is_inference()) residual.unsafeGetTensorImpl()->bump_version();
 }
 
@@ -117,10 +126,10 @@ at::Tensor join_channels(const std::optional<at::Tensor>& given, const at::Tenso
   TORCH_CHECK(!given || given->size(1) == channels, "join: residual is ", like.sizes(), "; expected ", channels,
               " channels");
   if (out.numel() == 0) return out;
-  const Work work = describe(out, branch, index.contiguous(), false);
-  const at::Tensor source = branch.contiguous(format);
-  const at::Tensor residual = given ? given->contiguous(format) : at::Tensor();
-  run(work, out.mutable_data_ptr(), given ? residual.const_data_ptr() : nullptr, source.const_data_ptr(),
+  Work work = describe(out, branch, index.contiguous(), false);
+  const at::Tensor source = in_order(branch, format);
+  const at::Tensor residual = given ? in_order(*given, format) : at::Tensor();
+  run(std::move(work), out.mutable_data_ptr(), given ? residual.const_data_ptr() : nullptr, source.const_data_ptr(),
       dtype_of(branch));
   return out;
 }

@@ -29,7 +29,7 @@ at::Tensor batch_norm(at::TensorList inputs, const at::Tensor& scale, const at::
                 "batch_norm: an input is ", input.sizes(), " ", input.scalar_type(), " on ", input.device(),
                 ", the first one ", first.sizes(),
                 "; expected float32 [B, C, H, W] on the CPU, which differ in C alone");
-    kept.push_back(input.contiguous(at::MemoryFormat::ChannelsLast));
+    kept.push_back(in_order(input));
     norm.parts.push_back({kept.back().const_data_ptr<float>(), input.size(1)});
     norm.channels += input.size(1);
   }
@@ -48,8 +48,7 @@ at::Tensor batch_norm(at::TensorList inputs, const at::Tensor& scale, const at::
   const Isa isa = current_isa();
   const auto compute = MFP_OF_ISA(isa, norm_rows);
   const int64_t tasks = std::clamp<int64_t>(output.numel() / kGrain, 1, rows);
-  const int threads = static_cast<int>(std::min<int64_t>(at::get_num_threads(), tasks));
-  run_tasks(tasks, threads, [&](int64_t task) { compute(norm, rows * task / tasks, rows * (task + 1) / tasks); });
+  run_phase(tasks, [=](int64_t task) { compute(norm, rows * task / tasks, rows * (task + 1) / tasks); });
   return output;
 }
 
