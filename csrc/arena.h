@@ -9,22 +9,30 @@
 
 #include <cstdlib>
 #include <map>
-#include <memory>
 #include <mutex>
 #include <new>
+#include <unordered_map>
 #include <vector>
 
 namespace mfp {
 
 // At first one call of the tape after the other is noted: what it asks for is laid out so that memory that nobody holds
-// any more serves later calls. After that, a call that is made again is given the same addresses.
-class Arena : public std::enable_shared_from_this<Arena> {
+// any more serves later calls. After that, a call that is made again is given the same addresses, but for those that
+// somebody still holds.
+class Arena {
  public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
   ~Arena() {
-    for (void* memory : owned_) std::free(memory);
+    const std::lock_guard<std::mutex> lock(mutex());
+    for (void* memory : owned_) {
+      Place& place = places().at(memory);
+      place.arena = nullptr;
+      if (!place.held) forget(memory);
+    }
   }
 
-  static bool made(const c10::DataPtr& memory) { return memory.get_deleter() == &give_back; }
+  static bool made(const c10::DataPtr& memory) { return memory.get_deleter() == &release; }
 
   // From here on what is asked for belongs to the next call, or to one that was noted.
   void begin_call() { noted_.emplace_back(), call_ = noted_.size() - 1, noting_ = true; }
@@ -32,61 +40,86 @@ class Arena : public std::enable_shared_from_this<Arena> {
 
   // What was given back meanwhile may be used again. Not within a call: another order of its steps must not matter.
   void end_call() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    free_.insert(given_back_.begin(), given_back_.end());
+    const std::lock_guard<std::mutex> lock(mutex());
+    for (void* memory : given_back_) free_.emplace(places().at(memory).size, memory);
     given_back_.clear();
   }
 
   c10::DataPtr allocate(size_t bytes, c10::Allocator& others) {
-    std::vector<Noted>& noted = noted_[call_];
-    if (bytes == 0) return others.allocate(bytes);
-    if (!noting_) {
-      const bool as_noted = next_ < noted.size() && noted[next_].bytes == bytes;
-      return as_noted ? c10::DataPtr(noted[next_++].memory, c10::DeviceType::CPU) : others.allocate(bytes);
+    const std::lock_guard<std::mutex> lock(mutex());
+    void* const memory = bytes == 0 ? nullptr : noting_ ? take(bytes) : take_again(bytes);
+    if (memory == nullptr) return others.allocate(bytes);
+    places().at(memory).held = true;
+    return {memory, memory, &release, c10::DeviceType::CPU};
+  }
+
+  // Whether that was the memory of an arena. Those who hold it may do so for longer than the arena is there.
+  static bool give_back(void* memory) {
+    const std::lock_guard<std::mutex> lock(mutex());
+    const auto found = places().find(memory);
+    if (found == places().end()) return false;
+    found->second.held = false;
+    if (found->second.arena == nullptr) {
+      forget(memory);
+    } else if (found->second.arena->noting_) {
+      found->second.arena->given_back_.push_back(memory);
     }
-    const auto [size, memory] = take(bytes);
-    noted.push_back({bytes, memory});
-    return {memory, new Block{shared_from_this(), size, memory}, &give_back, c10::DeviceType::CPU};
+    return true;
   }
 
  private:
+  struct Place {
+    size_t size;
+    Arena* arena;  // or null, if it is no more
+    bool held;
+  };
   struct Noted {
     size_t bytes;
     void* memory;
   };
-  struct Block {
-    std::shared_ptr<Arena> arena;
-    size_t size;
-    void* memory;
-  };
 
-  static void give_back(void* context) {
-    const std::unique_ptr<Block> block(static_cast<Block*>(context));
-    const std::lock_guard<std::mutex> lock(block->arena->mutex_);
-    block->arena->given_back_.emplace_back(block->size, block->memory);
+  // All memory of all arenas.
+  static std::unordered_map<void*, Place>& places() {
+    static auto* const all = new std::unordered_map<void*, Place>;  // for good: tensors may outlive static variables
+    return *all;
+  }
+  static std::mutex& mutex() {
+    static auto* const one = new std::mutex;
+    return *one;
   }
 
-  std::pair<size_t, void*> take(size_t bytes) {
+  static void release(void* memory) { give_back(memory); }
+  static void forget(void* memory) { places().erase(memory), std::free(memory); }
+
+  void* take(size_t bytes) {
+    void* memory = nullptr;
     const auto found = free_.lower_bound(bytes);
     if (found != free_.end() && found->first <= 2 * bytes) {
-      const std::pair<size_t, void*> block = *found;
+      memory = found->second;
       free_.erase(found);
-      return block;
+    } else {
+      const size_t size = (bytes + 63) / 64 * 64;
+      memory = std::aligned_alloc(64, size);
+      if (memory == nullptr) throw std::bad_alloc();
+      owned_.push_back(memory), places()[memory] = {size, this, false};
     }
-    const size_t size = (bytes + 63) / 64 * 64;
-    void* memory = std::aligned_alloc(64, size);
-    if (memory == nullptr) throw std::bad_alloc();
-    owned_.push_back(memory);
-    return {size, memory};
+    noted_[call_].push_back({bytes, memory});
+    return memory;
+  }
+
+  // Null where the call asks for something else than before.
+  void* take_again(size_t bytes) {
+    const std::vector<Noted>& noted = noted_[call_];
+    if (next_ == noted.size() || noted[next_].bytes != bytes) return nullptr;
+    void* const memory = noted[next_++].memory;
+    return places().at(memory).held ? nullptr : memory;
   }
 
   std::vector<std::vector<Noted>> noted_;  // per call
   size_t call_ = 0, next_ = 0;
   bool noting_ = true;
-  std::mutex mutex_;  // of what is given back, perhaps by other threads
-  std::vector<std::pair<size_t, void*>> given_back_;
+  std::vector<void*> given_back_, owned_;
   std::multimap<size_t, void*> free_;
-  std::vector<void*> owned_;
 };
 
 // Whose memory the operators that this thread calls get, or null.
@@ -100,24 +133,31 @@ class ArenaAllocator final : public c10::Allocator {
  public:
   // From the first tape on, for good.
   static void install() {
-    static ArenaAllocator* const installed = [] {
-      auto* allocator = new ArenaAllocator(c10::GetCPUAllocator());
-      c10::SetCPUAllocator(allocator);
-      return allocator;
+    static const bool installed = [] {
+      torchs() = c10::GetCPUAllocator();
+      c10::SetCPUAllocator(new ArenaAllocator);
+      return true;
     }();
     (void)installed;
   }
 
   c10::DataPtr allocate(size_t bytes) override {
     Arena* const arena = current_arena();
-    return arena == nullptr ? torchs_->allocate(bytes) : arena->allocate(bytes, *torchs_);
+    return arena == nullptr ? torchs()->allocate(bytes) : arena->allocate(bytes, *torchs());
   }
-  c10::DeleterFnPtr raw_deleter() const override { return torchs_->raw_deleter(); }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
  private:
-  explicit ArenaAllocator(c10::Allocator* torchs) : torchs_(torchs) {}
-  c10::Allocator* torchs_;
+  static c10::Allocator*& torchs() {
+    static c10::Allocator* allocator = nullptr;
+    return allocator;
+  }
+
+  // Of what was asked for as plain memory, by oneDNN for one.
+  static void release(void* memory) {
+    if (!Arena::give_back(memory)) torchs()->raw_deleter()(memory);
+  }
 };
 
 }  // namespace mfp

@@ -45,7 +45,7 @@ struct Prepared {
   int64_t tape;
   int threads;
   cpu::Isa isa;
-  std::shared_ptr<Arena> arena = std::make_shared<Arena>();
+  Arena arena;
   std::vector<Step> steps;
   std::vector<cpu::Phase> phases;
   std::vector<c10::IValue> slots;  // of those whose addresses stay; the others are empty between two runs
@@ -173,8 +173,8 @@ class Tape {
     for (const Call& call : calls_) {
       cpu::Notes noted;
       {
-        if (made) made->arena->begin_call();
-        const Watch watch(made && !call.makes_passed ? made->arena.get() : nullptr, made ? &noted : nullptr);
+        if (made) made->arena.begin_call();
+        const Watch watch(made && !call.makes_passed ? &made->arena : nullptr, made ? &noted : nullptr);
         make(call, slots, stack);
       }
       for_results(call, stack, [&](int slot, const at::Tensor& result) {
@@ -188,7 +188,7 @@ class Tape {
         const size_t first = made->phases.size();
         if (repeats) std::move(noted.phases.begin(), noted.phases.end(), std::back_inserter(made->phases));
         made->steps.push_back({first, made->phases.size(), !repeats});
-        made->arena->end_call();
+        made->arena.end_call();
       }
       clock.tick();
     }
@@ -224,8 +224,8 @@ class Tape {
 
   void call_again(size_t i, Prepared& prepared, torch::jit::Stack& stack) const {
     const Call& call = calls_[i];
-    prepared.arena->repeat_call(i);
-    const Watch watch(call.makes_passed ? nullptr : prepared.arena.get(), nullptr);
+    prepared.arena.repeat_call(i);
+    const Watch watch(call.makes_passed ? nullptr : &prepared.arena, nullptr);
     make(call, prepared.slots, stack);
     for_results(call, stack, [&](int slot, const at::Tensor& result) {
       if (passed_[slot]) {

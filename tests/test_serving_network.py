@@ -283,6 +283,22 @@ def test_other_threads_and_instruction_sets_between_two_calls(monkeypatch):
     assert tapes(serving) == 1
 
 
+def test_an_operator_that_asks_for_memory_without_a_tensor():
+    """As oneDNN does, for what its convolutions need beside."""
+    from mfp import _C
+
+    x, weight = images(1, 16, 1), torch.randn(48, 1, 3, 3)
+    start = x * 2
+    middle = F.conv2d(start, weight, padding=1)
+    tape = _C.Tape(_C.Memory(), [x])
+    tape.add("aten::mul", "Tensor", (x, torch.tensor(2.0)), {}, [start])
+    tape.add("aten::conv2d", "", (start, weight, None, [1, 1], [1, 1]), {}, [middle])
+    tape.add("aten::mul", "Tensor", (middle, torch.tensor(3.0)), {}, [end := middle * 3])
+    tape.finish([end])
+    for _ in range(4):
+        assert torch.equal(tape.run([x])[0], end)
+
+
 def test_an_operator_that_asks_for_other_memory_than_before():
     """Its result is put where it was in the first run."""
     from mfp import _C
