@@ -35,8 +35,14 @@ class Arena {
   static bool made(const c10::DataPtr& memory) { return memory.get_deleter() == &release; }
 
   // From here on what is asked for belongs to the next call, or to one that was noted.
-  void begin_call() { noted_.emplace_back(), call_ = noted_.size() - 1, noting_ = true; }
-  void repeat_call(size_t call) { call_ = call, next_ = 0, noting_ = false; }
+  void begin_call() {
+    const std::lock_guard<std::mutex> lock(mutex());
+    noted_.emplace_back(), call_ = noted_.size() - 1, noting_ = true;
+  }
+  void repeat_call(size_t call) {
+    const std::lock_guard<std::mutex> lock(mutex());
+    call_ = call, next_ = 0, noting_ = false;
+  }
 
   // What was given back meanwhile may be used again. Not within a call: another order of its steps must not matter.
   void end_call() {
@@ -46,10 +52,8 @@ class Arena {
   }
 
   c10::DataPtr allocate(size_t bytes, c10::Allocator& others) {
-    const std::lock_guard<std::mutex> lock(mutex());
-    void* const memory = bytes == 0 ? nullptr : noting_ ? take(bytes) : take_again(bytes);
+    void* const memory = bytes == 0 ? nullptr : take(bytes);
     if (memory == nullptr) return others.allocate(bytes);
-    places().at(memory).held = true;
     return {memory, memory, &release, c10::DeviceType::CPU};
   }
 
@@ -91,28 +95,32 @@ class Arena {
   static void release(void* memory) { give_back(memory); }
   static void forget(void* memory) { places().erase(memory), std::free(memory); }
 
+  // Null where a call that is made again asks for something else than before, or where somebody holds that.
   void* take(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex());
     void* memory = nullptr;
-    const auto found = free_.lower_bound(bytes);
-    if (found != free_.end() && found->first <= 2 * bytes) {
-      memory = found->second;
-      free_.erase(found);
-    } else {
-      const size_t size = (bytes + 63) / 64 * 64;
-      memory = std::aligned_alloc(64, size);
-      if (memory == nullptr) throw std::bad_alloc();
-      owned_.push_back(memory), places()[memory] = {size, this, false};
+    if (noting_) {
+      memory = take_new(bytes);
+      noted_[call_].push_back({bytes, memory});
+    } else if (const std::vector<Noted>& noted = noted_[call_]; next_ < noted.size() && noted[next_].bytes == bytes) {
+      memory = noted[next_++].memory;
     }
-    noted_[call_].push_back({bytes, memory});
+    if (memory == nullptr || places().at(memory).held) return nullptr;
+    places().at(memory).held = true;
     return memory;
   }
 
-  // Null where the call asks for something else than before.
-  void* take_again(size_t bytes) {
-    const std::vector<Noted>& noted = noted_[call_];
-    if (next_ == noted.size() || noted[next_].bytes != bytes) return nullptr;
-    void* const memory = noted[next_++].memory;
-    return places().at(memory).held ? nullptr : memory;
+  void* take_new(size_t bytes) {
+    if (const auto found = free_.lower_bound(bytes); found != free_.end() && found->first <= 2 * bytes) {
+      void* const memory = found->second;
+      free_.erase(found);
+      return memory;
+    }
+    const size_t size = (bytes + 63) / 64 * 64;
+    void* const memory = std::aligned_alloc(64, size);
+    if (memory == nullptr) throw std::bad_alloc();
+    owned_.push_back(memory), places()[memory] = {size, this, false};
+    return memory;
   }
 
   std::vector<std::vector<Noted>> noted_;  // per call

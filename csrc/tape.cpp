@@ -18,6 +18,7 @@
 #include <chrono>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
@@ -211,7 +212,8 @@ class Tape {
         for (++i; i < calls_.size() && !prepared.steps[i].calls && seconds == nullptr; ++i) {
           last_phase = prepared.steps[i].last_phase;
         }
-        cpu::run_phases(&prepared.phases[step.first_phase], &prepared.phases[last_phase], prepared.threads);
+        cpu::Phase* const phases = prepared.phases.data();
+        cpu::run_phases(phases + step.first_phase, phases + last_phase, prepared.threads);
       }
       clock.tick();
     }
@@ -227,13 +229,16 @@ class Tape {
     prepared.arena.repeat_call(i);
     const Watch watch(call.makes_passed ? nullptr : &prepared.arena, nullptr);
     make(call, prepared.slots, stack);
+    std::vector<std::pair<at::Tensor, at::Tensor>> elsewhere;  // places, and copies of what should lie there
     for_results(call, stack, [&](int slot, const at::Tensor& result) {
       if (passed_[slot]) {
         prepared.slots[slot] = result;
-      } else if (const at::Tensor& place = prepared.slots[slot].toTensor(); place.data_ptr() != result.data_ptr()) {
-        place.copy_(result);
+      } else if (const at::Tensor& place = prepared.slots[slot].toTensor();
+                 place.data_ptr() != result.data_ptr() || place.strides() != result.strides()) {
+        elsewhere.emplace_back(place, result.clone());
       }
     });
+    for (const auto& [place, copy] : elsewhere) place.copy_(copy);
     stack.clear();
     for (int slot : call.empty_after) {
       if (passed_[slot]) prepared.slots[slot] = c10::IValue();
@@ -330,6 +335,12 @@ class Tape {
     }
   }
 
+  // Whether it is an operator that keeps none of the memory that it gets, and calls none of ours.
+  static bool is_known(const std::string& name) {
+    const std::string library = name.substr(0, name.find("::"));
+    return library == "aten" || library == "mkldnn" || library == "mfp";
+  }
+
   // Which slots lie in memory that the network is given or returns, and what that means for the calls.
   void find_passing() {
     const auto storage = [&](int slot) { return recorded_[slot].storage().unsafeGetStorageImpl(); };
@@ -337,6 +348,7 @@ class Tape {
       plain_ = plain_ && tensor.layout() == at::kStrided && tensor.is_cpu() && tensor.has_storage() &&
                !tensor.is_quantized() && !tensor.is_conj() && !tensor.is_neg();
     }
+    for (const Call& call : calls_) plain_ = plain_ && is_known(call.op.schema().name());
     if (!plain_) return;
     std::unordered_set<const void*> passed;
     for (size_t i = 0; i < inputs_; ++i) passed.insert(storage(static_cast<int>(i)));
@@ -370,7 +382,7 @@ class Tape {
   std::vector<at::Tensor> recorded_;
   std::unordered_map<const c10::TensorImpl*, int> places_;
   std::vector<bool> passed_;  // per slot: in memory that the network is given or returns
-  bool plain_ = true;         // nothing but plain tensors on the CPU
+  bool plain_ = true;         // nothing but plain tensors on the CPU, and operators of torch's and ours
   const int64_t number_ = next_number();
 };
 

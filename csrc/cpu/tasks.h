@@ -11,40 +11,58 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <thread>
 #include <vector>
 
 namespace mfp::cpu {
 
-struct alignas(64) Stretch {
-  std::atomic<int64_t> next;
-  int64_t end;
+struct alignas(64) Counter {
+  std::atomic<int64_t> number = 0;
 };
 
 // Tasks that may be done at the same time: each thread does its own stretch of them, whose data the layer before has
 // left in its caches, and then what is left of the others'. Results do not depend on who computes.
 class Stretches {
  public:
-  Stretches(int64_t count, int threads) : count_(count), threads_(threads), parts_(new Stretch[threads]) { restart(); }
+  Stretches(int64_t count, int threads) : count_(count), threads_(threads), counters_(new Counter[threads + 1]) {
+    restart();
+  }
 
   void restart() {
-    for (int i = 0; i < threads_; ++i) {
-      parts_[i].next = count_ * i / threads_, parts_[i].end = count_ * (i + 1) / threads_;
-    }
+    for (int i = 0; i < threads_; ++i) counters_[i].number = count_ * i / threads_;
+    done().number = 0;
   }
 
   // The share of one thread.
   template <class Task>
   void run(int thread, const Task& task) {
+    int64_t finished = 0;
     for (int i = thread; i < thread + threads_; ++i) {
-      Stretch& part = parts_[i % threads_];
-      for (int64_t number; (number = part.next++) < part.end;) task(number);
+      std::atomic<int64_t>& next = counters_[i % threads_].number;
+      const int64_t end = count_ * (i % threads_ + 1) / threads_;
+      for (int64_t number; (number = next++) < end; ++finished) task(number);
+    }
+    done().number += finished;
+  }
+
+  // Until all tasks are done. A thread that has none is not waited for: it may be asleep.
+  void wait() const {
+    for (int looks = 0; done().number < count_; ++looks) {
+      if (looks > kLooks) std::this_thread::yield();
+#ifdef __x86_64__
+      __builtin_ia32_pause();
+#endif
     }
   }
 
  private:
+  static constexpr int kLooks = 2000;  // some 50 us
+
+  Counter& done() const { return counters_[threads_]; }
+
   int64_t count_;
   int threads_;
-  std::unique_ptr<Stretch[]> parts_;
+  std::unique_ptr<Counter[]> counters_;  // the next task of each stretch, and how many are done
 };
 
 // One call of run_phase, which can be done again where the memory that it is about is still there.
@@ -94,13 +112,15 @@ inline void run_phases(Phase* first, Phase* last, int threads) {
   std::exception_ptr failure;
 #pragma omp parallel num_threads(threads)
   for (Phase* phase = first; phase != last; ++phase) {
-    try {
-      phase->stretches.run(omp_get_thread_num(), phase->task);
-    } catch (...) {
+    phase->stretches.run(omp_get_thread_num(), [&](int64_t number) {
+      try {
+        phase->task(number);
+      } catch (...) {
 #pragma omp critical
-      failure = std::current_exception();
-    }
-#pragma omp barrier
+        failure = std::current_exception();
+      }
+    });
+    phase->stretches.wait();
   }
   if (failure) std::rethrow_exception(failure);
 }
