@@ -171,7 +171,7 @@ class Replays {
     for (size_t i = 0; i < arguments.size(); ++i) {
       const py::handle argument = arguments[i];
       for (size_t before = 0; before < i; ++before) {
-        if (py::handle(arguments[before]).is(argument)) return false;  // a recording would take them for the same one for good
+        if (py::handle(arguments[before]).is(argument)) return false;  // a recording would take them for one for good
       }
       if (reinterpret_cast<PyObject*>(Py_TYPE(argument.ptr())) != THPVariableClass) return false;
       const at::Tensor& tensor = THPVariable_Unpack(argument.ptr());
