@@ -100,6 +100,20 @@ def test_squeeze_excite_is_one_op(function):
         assert difference(model(images()), serving(images())) < 1e-5
 
 
+@pytest.mark.parametrize("hard", [False, True])
+def test_gates_whose_filters_are_pruned_are_constants_of_the_op(hard):
+    gate = F.hardsigmoid if hard else torch.sigmoid
+    model = Gated(lambda net, x: (lambda y: net.c(y * gate(net.expand(F.relu(net.reduce(mean(y)))))))(net.a(x)))
+    with torch.no_grad():
+        model.expand.weight[3:17] = 0
+        model.expand.bias[3:17] = torch.randn(14)
+    serving = served(model, images())
+    (found,) = (module for module in serving.modules() if isinstance(module, ServingSqueezeExcite))
+    assert (found.expand_weight == 0).all(0).sum() == 14
+    with torch.enable_grad():
+        assert difference(model(images()), serving(images())) < 1e-5
+
+
 @pytest.mark.parametrize(("function", "settings"), [
     (lambda net, x: (lambda y: y * net.expand(net.reduce(mean(y))).sigmoid())(net.a(x)), {"gates": 1}),  # one for all
     (lambda net, x: (lambda y: y[..., :3, :3] * net.expand(net.reduce(mean(y))).sigmoid())(net.a(x)), {"padding": 1}),

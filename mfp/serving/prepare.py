@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from mfp.capture import aliased_arguments, eval_mode
-from mfp.modules import ResidualJoin
+from mfp.modules import ExpandChannels, ResidualJoin
 from mfp.serving.fold import fold_batchnorm, scale_and_shift
 from mfp.serving.modules import (
     FusedJoin,
@@ -197,29 +197,48 @@ def fuse_squeeze_excites(small: fx.GraphModule) -> None:
     for node in list(small.graph.nodes):
         if node.target is not aten.mul.Tensor or node.kwargs or shape(node) is None or len(shape(node)) != 4:
             continue
-        for x, gates in (node.args, node.args[::-1]):
-            if not isinstance(gates, fx.Node) or packet(gates) not in GATES or len(gates.users) > 1:
+        for x, factor in (node.args, node.args[::-1]):
+            if not isinstance(factor, fx.Node):
+                continue
+            spread = modules[factor.target] if factor.op == "call_module" and len(factor.users) == 1 else None
+            spread = spread if type(spread) is ExpandChannels and spread.dim == 1 else None
+            gates = factor if spread is None else factor.args[0]
+            if packet(gates) not in GATES or len(gates.users) > 1:
                 continue
             expand = small_conv(gates.args[0])
             reduce = None if expand is None else small_conv(gates.args[0].args[0])
             pool = None if reduce is None else gates.args[0].args[0].args[0]
             if pool is None or expand.activation != "none" or not is_mean_of(pool, x) or len(pool.users) > 1:
                 continue
-            if tuple(shape(gates)[1:]) != (shape(x)[1], 1, 1):  # padded, or one gate for all channels
+            if tuple(shape(factor)[1:]) != (shape(x)[1], 1, 1):  # padded, or one gate for all channels
+                continue
+            hard = GATES[packet(gates)]
+            biases = [torch.zeros_like(c.weight[:, 0, 0, 0]) if c.bias is None else c.bias for c in (reduce, expand)]
+            weight, bias = spread_gates(expand.weight[:, :, 0, 0], biases[1], spread, hard)
+            if not bias.isfinite().all():
                 continue
             name = free_name(small, f"{node.name}_fused")
-            biases = [torch.zeros_like(c.weight[:, 0, 0, 0]) if c.bias is None else c.bias for c in (reduce, expand)]
             small.add_submodule(name, ServingSqueezeExcite(
-                reduce.weight[:, :, 0, 0].contiguous(), biases[0], expand.weight[:, :, 0, 0].T.contiguous(), biases[1],
-                reduce.activation, GATES[packet(gates)],
+                reduce.weight[:, :, 0, 0].contiguous(), biases[0], weight.T.contiguous(), bias, reduce.activation, hard,
             ).train(reduce.training))  # fmt: skip
             with small.graph.inserting_before(node):
                 new = small.graph.call_module(name, (x,))
             new.meta.update(node.meta)
             node.replace_all_uses_with(new)
-            for old in (node, gates, gates.args[0], gates.args[0].args[0], pool):
+            for old in dict.fromkeys([node, factor, gates, gates.args[0], gates.args[0].args[0], pool]):
                 small.graph.erase_node(old)
             break
+
+
+def spread_gates(weight: Tensor, bias: Tensor, spread: ExpandChannels | None, hard: bool) -> tuple[Tensor, Tensor]:
+    """Weight [C, R] and bias of the layer whose gates are those of this one, spread among constants."""
+    if spread is None:
+        return weight, bias
+    fill = weight.new_zeros(spread.width) if spread.fill is None else spread.fill
+    constant = 6 * fill.double() - 3 if hard else fill.double().logit()
+    whole = weight.new_zeros(spread.width, weight.shape[1])
+    whole.index_copy_(0, spread.index, weight[spread.source])
+    return whole, constant.to(bias.dtype).index_copy(0, spread.index, bias[spread.source])
 
 
 def is_mean_of(node: fx.Node, x: fx.Node) -> bool:
