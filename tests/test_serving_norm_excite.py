@@ -100,6 +100,18 @@ def test_squeeze_excite_is_one_op(function):
         assert difference(model(images()), serving(images())) < 1e-5
 
 
+@pytest.mark.parametrize("function", [
+    lambda net, y: (y * net.expand(net.reduce(mean(y))).sigmoid()) * y.mean(),
+    lambda net, y: y * (y * net.expand(net.reduce(mean(y))).sigmoid()).sigmoid(),
+])  # fmt: skip
+def test_products_behind_a_fused_one(function):
+    model = Gated(lambda net, x: function(net, net.a(x)))
+    serving = served(model, images())
+    assert sum(isinstance(module, ServingSqueezeExcite) for module in serving.modules()) == 1
+    with torch.enable_grad():
+        assert difference(model(images()), serving(images())) < 1e-5
+
+
 @pytest.mark.parametrize("hard", [False, True])
 def test_gates_whose_filters_are_pruned_are_constants_of_the_op(hard):
     gate = F.hardsigmoid if hard else torch.sigmoid

@@ -191,7 +191,7 @@ def fuse_squeeze_excites(small: fx.GraphModule) -> None:
     calls = Counter(node.target for node in small.graph.nodes if node.op == "call_module")
 
     def small_conv(node: fx.Node) -> ServingConv2d | None:
-        conv = modules[node.target] if node.op == "call_module" and len(node.users) == 1 else None
+        conv = modules.get(node.target) if node.op == "call_module" and len(node.users) == 1 else None
         return conv if type(conv) is ServingConv2d and calls[node.target] == 1 and conv.is_pointwise() else None
 
     for node in list(small.graph.nodes):
@@ -200,7 +200,7 @@ def fuse_squeeze_excites(small: fx.GraphModule) -> None:
         for x, factor in (node.args, node.args[::-1]):
             if not isinstance(factor, fx.Node):
                 continue
-            spread = modules[factor.target] if factor.op == "call_module" and len(factor.users) == 1 else None
+            spread = modules.get(factor.target) if factor.op == "call_module" and len(factor.users) == 1 else None
             spread = spread if type(spread) is ExpandChannels and spread.dim == 1 else None
             gates = factor if spread is None else factor.args[0]
             if packet(gates) not in GATES or len(gates.users) > 1:
